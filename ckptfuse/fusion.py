@@ -1,0 +1,89 @@
+"""A fusion's identity: everything that determines its bytes, and nothing else.
+
+Whoever has the same inputs, weights, output dtype, source of the ancillary files and arithmetic
+gets the same folder, byte for byte; so the folder holds no time, place, score or verdict.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptfuse.digests import digest
+from ckptfuse.errors import ConfigurationError
+
+#: Version of the merge's arithmetic and of the folder's make-up.
+ARITHMETIC = "fp32-ordered-1"
+
+
+@dataclass(frozen=True, slots=True)
+class FusionSpec:
+    """Fingerprints and weights, oldest checkpoint first. Shards follow the ancillary source's."""
+
+    fingerprints: tuple[str, ...]
+    weights: tuple[float, ...]
+    ancillary: str
+    dtype: str | None = None
+
+    @property
+    def used(self) -> tuple[tuple[str, float], ...]:
+        """The inputs whose weight is not zero: those that are read."""
+        pairs = zip(self.fingerprints, self.weights, strict=True)
+        return tuple(pair for pair in pairs if pair[1] != 0)
+
+    def narrowed(self) -> "FusionSpec":
+        """The same fusion without the inputs that are not read."""
+        fingerprints, weights = zip(*self.used, strict=True)
+        return FusionSpec(fingerprints, weights, self.ancillary, self.dtype)
+
+    @property
+    def id(self) -> str:
+        return digest(self.describe())
+
+    @property
+    def is_single(self) -> bool:
+        """All weight is on one checkpoint: there is nothing to merge."""
+        return len(self.used) == 1
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "arithmetic": ARITHMETIC,
+            "inputs": [[fingerprint, weight.hex()] for fingerprint, weight in self.used],
+            "ancillary": self.ancillary,
+            "dtype": self.dtype or "as-inputs",
+            "sharding": "as-ancillary",
+        }
+
+    def provenance(self) -> bytes:
+        """The text of ``fusion.json``."""
+        about = {"fusion": self.id, **self.describe()}
+        about["weights"] = [weight for _, weight in self.used]
+        return (json.dumps(about, indent=2, sort_keys=True) + "\n").encode()
+
+    def model_card(self) -> bytes:
+        """The text of ``README.md``."""
+        rows = "\n".join(f"| `{print_[:16]}` | {weight:.6f} |" for print_, weight in self.used)
+        return f"""---
+library_name: transformers
+tags: [merge, checkpoint-fusion]
+---
+# Fusion `{self.id[:16]}`
+
+A weighted average of {len(self.used)} checkpoints of one pretraining run, oldest first:
+
+| fingerprint | weight |
+|---|---|
+{rows}
+
+Configuration, tokenizer and sharding are those of `{self.ancillary[:16]}`. `fusion.json` holds all
+that is needed to make the same bytes again.
+""".encode()
+
+
+def check_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """Weights of a merge by hand: finite, and at least one of them not zero."""
+    values = tuple(float(weight) for weight in weights)
+    if not all(abs(value) < float("inf") for value in values) or not any(values):
+        raise ConfigurationError(
+            f"weights {list(values)}: finite numbers, not all of them zero, are expected"
+        )
+    return values

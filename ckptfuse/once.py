@@ -1,0 +1,126 @@
+"""Score or merge by hand: no service, no parameters file, no records that stay."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptfuse import blocks as blocks_module
+from ckptfuse.blocks import block_digest, load_tokenizer
+from ckptfuse.checkpoints import open_checkpoint, read_layout
+from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
+from ckptfuse.errors import CkptfuseError, ConfigurationError
+from ckptfuse.fusion import FusionSpec, check_weights
+from ckptfuse.merge import Contents, open_inputs, write_fusion
+from ckptfuse.params import CorpusParams, Domain, ScoringParams
+from ckptfuse.protocol import BlockSet, CheckpointModel, Input, Request, score_key
+from ckptfuse.reading import fingerprint_of
+from ckptfuse.records import DomainScore, Records, ScoreRecord
+from ckptfuse.scoring import numerics, run_job
+from ckptfuse.store import FolderStore, open_store
+
+DEFAULT_BLOCK_LENGTH = 1_024
+
+
+@dataclass(frozen=True, slots=True)
+class HandScore:
+    """A checkpoint's scores by domain, and what they were measured with."""
+
+    fingerprint: str
+    domains: Mapping[str, DomainScore]
+    split: str
+    block_length: int
+    dtype: str
+    device: str
+
+
+def score_once(
+    checkpoint: str,
+    corpora: Mapping[str, str],
+    *,
+    split: Split | None = None,
+    tokenizer: str | None = None,
+    block_length: int | None = None,
+    bos: str = "document",
+    device: str = "auto",
+) -> HandScore:
+    """Score one checkpoint on JSONL files, all of their text unless ``split`` is given.
+
+    ``block_length`` defaults to 1,024 tokens, or the model's longest context if that is shorter.
+    """
+    layout = read_layout(open_checkpoint(checkpoint))
+    longest = layout.config.get("max_position_embeddings")
+    length = block_length or DEFAULT_BLOCK_LENGTH
+    if block_length is None and isinstance(longest, int):
+        length = min(length, longest)
+    params = ScoringParams.model_validate({"block_length": length, "bos": bos, "device": device})
+    domains = {name: Domain(path=uri) for name, uri in corpora.items()}
+    corpus_params = CorpusParams(domains=domains)
+    corpus = read_corpus(corpus_params)
+    documents = documents_of(corpus, split, corpus_params) if split else corpus.domains
+    source = load_tokenizer(open_store(tokenizer or checkpoint))
+    with tempfile.TemporaryDirectory() as folder:
+        name = _digest(corpus, source.digest, split, params)
+        built = blocks_module.build(
+            documents, source, digest=name, block_length=length, bos=params.bos
+        )
+        blocks_module.save(built, Path(folder, "blocks"))
+        records = Records(FolderStore(Path(folder, "records")))
+        request = Request(
+            models=(CheckpointModel(input=Input(uri=checkpoint)),),
+            blocks=(BlockSet(folder=f"{folder}/blocks", digest=name, split=split or "all"),),
+            numerics=numerics(params),
+            records=records.store.uri,
+            batch_tokens=params.batch_tokens,
+        )
+        (answer,) = run_job(request)
+        if answer.failed is not None or answer.fingerprint is None:
+            raise CkptfuseError(answer.failed.reason if answer.failed else "nothing was scored")
+        key = score_key(model_id=answer.fingerprint, blocks=name, numerics=request.numerics)
+        record = records.get(ScoreRecord, key)
+        assert record is not None, "the job said that it had scored"
+    return HandScore(
+        fingerprint=answer.fingerprint,
+        domains=record.domains,
+        split=split or "all",
+        block_length=length,
+        dtype=request.numerics.dtype,
+        device=request.numerics.device_class,
+    )
+
+
+def _digest(corpus: Corpus, tokenizer: str, split: Split | None, params: ScoringParams) -> str:
+    return block_digest(
+        corpus=corpus.digest,
+        tokenizer=tokenizer,
+        split=split or "all",
+        block_length=params.block_length,
+        bos=params.bos,
+    )
+
+
+def merge_once(
+    out: str, checkpoints: Sequence[str], weights: Sequence[float], *, dtype: str | None = None
+) -> tuple[FusionSpec, Contents]:
+    """Merge checkpoints, oldest first, into a new folder or S3 prefix.
+
+    Configuration, tokenizer and sharding are the last checkpoint's.
+    """
+    opened = [open_checkpoint(uri) for uri in checkpoints]
+    chosen = check_weights(weights)
+    used = [checkpoint for checkpoint, weight in zip(opened, chosen, strict=True) if weight]
+    inputs = open_inputs(used, opened[-1], dtype)
+    target = open_store(out)
+    if isinstance(target, FolderStore):
+        taken = target.root.exists() and (not target.root.is_dir() or any(target.root.iterdir()))
+    else:
+        taken = bool(target.list())
+    if taken:
+        raise ConfigurationError(f"{out} is there already and not empty; choose another place")
+    spec = FusionSpec(
+        fingerprints=tuple(fingerprint_of(checkpoint) for checkpoint in used),
+        weights=tuple(weight for weight in chosen if weight),
+        ancillary=fingerprint_of(opened[-1]),
+        dtype=dtype,
+    )
+    return spec, write_fusion(inputs, spec, target)

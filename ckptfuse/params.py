@@ -1,0 +1,265 @@
+"""params.yaml as typed values: every knob of the service, in one file.
+
+A value comes from, in this order: the environment (``CKPTFUSE_BUCKET``,
+``CKPTFUSE_GATE__MINIMUM_GAIN``), ``params.yaml``, the default below. An unknown key is an error
+that names it. The first group of sections is the science: it decides bytes and verdicts, is
+pinned with every fusion and is what DVC tracks. The second is operations.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ckptfuse.digests import digest
+from ckptfuse.errors import ConfigurationError
+from ckptfuse.names import check_pattern
+from ckptfuse.store import is_s3
+
+PARAMS_FILE = "params.yaml"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Domain(Section):
+    """One kind of target text: a JSONL file with a ``text`` field, and its share in the target."""
+
+    path: str
+    weight: float = Field(default=1.0, ge=0)
+
+
+class Shares(Section):
+    """Parts of the documents that go to each split; normalised to 1."""
+
+    selection: float = Field(default=0.25, ge=0)
+    audit: float = Field(default=0.5, gt=0)
+    report: float = Field(default=0.25, ge=0)
+
+
+class Budget(Section):
+    """Most tokens per domain in each split."""
+
+    selection: int = Field(default=32_768, gt=0)
+    audit: int = Field(default=131_072, gt=0)
+    report: int = Field(default=65_536, gt=0)
+
+
+class CorpusParams(Section):
+    domains: dict[str, Domain] = Field(default_factory=dict)
+    salt: str = "ckptfuse"
+    shares: Shares = Shares()
+    tokens: Budget = Budget()
+    tokens_per_document: int = Field(default=4_096, gt=0)
+    seed: int = 0
+    tokenizer: str | None = None
+
+    @field_validator("domains")
+    @classmethod
+    def _domain_names_are_plain(cls, domains: dict[str, Domain]) -> dict[str, Domain]:
+        for name in domains:
+            if not name.replace("-", "_").isidentifier():
+                raise ValueError(f"domain {name!r}: letters, digits, '-' and '_' make a name")
+        if domains and not any(domain.weight for domain in domains.values()):
+            raise ValueError("every domain has weight 0; at least one must count")
+        return domains
+
+
+class ScoringParams(Section):
+    block_length: int = Field(default=1_024, ge=2)
+    bos: Literal["document", "none"] = "document"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    batch_tokens: int = Field(default=8_192, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+    trust_remote_code: bool = False
+
+
+class WindowParams(Section):
+    size: int = Field(default=8, ge=2)
+    minimum: int = Field(default=3, ge=2)
+    boundaries: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _minimum_fits(self) -> "WindowParams":
+        if self.minimum > self.size:
+            raise ValueError(f"minimum {self.minimum} exceeds size {self.size}")
+        return self
+
+
+class RuleParams(Section):
+    name: str = "calibrated"
+    options: dict[str, float] = Field(default_factory=dict)
+
+
+class FuseParams(Section):
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class GateParams(Section):
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    minimum_gain: float = Field(default=0.002, ge=0)
+    domain_tolerance: float = Field(default=0.01, ge=0)
+
+
+class PromotionParams(Section):
+    minimum_gain: float = Field(default=0.0, ge=0)
+
+
+class WatchParams(Section):
+    interval_seconds: float = Field(default=60.0, gt=0)
+    settle_seconds: float = Field(default=30.0, ge=0)
+    marker: str | None = None
+    pattern: str | None = None
+
+    _pattern = field_validator("pattern")(lambda value: value and check_pattern(value))
+
+
+class MlflowParams(Section):
+    tracking_uri: str | None = None
+    model: str | None = None
+
+
+class LedgerParams(Section):
+    remote: str | None = None
+
+
+class Params(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="CKPTFUSE_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+    SCIENTIFIC: ClassVar = ("trajectory", "corpus", "scoring", "window", "rule", "fuse", "gate")
+    #: How the arithmetic is carried out, but not what comes out of it.
+    HOST_ONLY: ClassVar = {"scoring": {"threads"}}
+
+    trajectory: str = "trajectory"
+    corpus: CorpusParams = CorpusParams()
+    scoring: ScoringParams = ScoringParams()
+    window: WindowParams = WindowParams()
+    rule: RuleParams = RuleParams()
+    fuse: FuseParams = FuseParams()
+    gate: GateParams = GateParams()
+    promotion: PromotionParams = PromotionParams()
+
+    bucket: str | None = None
+    workspace: str = "workspace"
+    watch: WatchParams = WatchParams()
+    mlflow: MlflowParams = MlflowParams()
+    ledger: LedgerParams = LedgerParams()
+
+    @field_validator("trajectory")
+    @classmethod
+    def _trajectory_is_a_plain_name(cls, name: str) -> str:
+        if not name.replace("-", "_").replace(".", "_").isidentifier():
+            raise ValueError(f"{name!r}: letters, digits, '-', '_' and '.' make a name")
+        return name
+
+    @field_validator("workspace")
+    @classmethod
+    def _workspace_is_a_folder(cls, uri: str) -> str:
+        if is_s3(uri):
+            raise ValueError(f"{uri!r}: the workspace is a local or mounted folder")
+        return uri
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+    def scientific(self) -> dict[str, Any]:
+        """What decides weights, bytes and verdicts, as plain values."""
+        return self.model_dump(mode="json", include=set(self.SCIENTIFIC), exclude=self.HOST_ONLY)
+
+    def scientific_digest(self) -> str:
+        """Digest of the science, without where the text lies (its content has its own digest)."""
+        values = self.scientific()
+        for domain in values["corpus"]["domains"].values():
+            del domain["path"]
+        return digest(values)
+
+    @property
+    def model_name(self) -> str:
+        """The registered model's name."""
+        return self.mlflow.model or self.trajectory
+
+
+def load_params(path: Path | None = None) -> Params:
+    """Read params.yaml and the environment; relative paths are taken from the file's folder.
+
+    Raises ConfigurationError naming the key, what was found and what would be accepted.
+    """
+    file = path or Path(os.environ.get("CKPTFUSE_PARAMS", PARAMS_FILE))
+    if not file.is_file():
+        raise ConfigurationError(
+            f"{file}: no such file; run from a folder with a {PARAMS_FILE}, or name one with "
+            "--params or CKPTFUSE_PARAMS"
+        )
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{file}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{file}: a mapping of sections was expected")
+    try:
+        params = Params(**values)
+    except (ValidationError, ValueError) as error:
+        raise ConfigurationError(_explain(file, error)) from error
+    return _anchor(params, file.resolve().parent)
+
+
+def _anchor(params: Params, folder: Path) -> Params:
+    def absolute(uri: str | None) -> str | None:
+        return uri if uri is None or "://" in uri else str(folder / uri)
+
+    domains = {
+        name: domain.model_copy(update={"path": absolute(domain.path)})
+        for name, domain in params.corpus.domains.items()
+    }
+    corpus = {"domains": domains, "tokenizer": absolute(params.corpus.tokenizer)}
+    return params.model_copy(
+        update={
+            "corpus": params.corpus.model_copy(update=corpus),
+            "bucket": absolute(params.bucket),
+            "workspace": absolute(params.workspace),
+        }
+    )
+
+
+def _explain(file: Path, error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return f"{file}: {error}"
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{_suggestion(problem['loc'])}")
+        else:
+            lines.append(f"{key}: {problem['msg']} (found {problem['input']!r})")
+    return f"{file}: " + "; ".join(lines)
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    """What is accepted in the place of an unknown key, nearest first."""
+    fields: Mapping[str, Any] = Params.model_fields
+    for part in location[:-1]:
+        annotation = fields[str(part)].annotation if str(part) in fields else Domain
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            fields = annotation.model_fields
+        else:
+            fields = Domain.model_fields
+    near = difflib.get_close_matches(str(location[-1]), fields, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f" ({hint}accepted here: {', '.join(fields)})"

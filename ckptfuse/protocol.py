@@ -1,0 +1,121 @@
+"""What is said between the service and a scoring job: one request, then JSON lines back.
+
+A request names models (a checkpoint, or checkpoints with weights that the job merges in memory,
+one model at a time), sets of token blocks, and the numerics. The job writes one score record per
+model and set of blocks into the records store and prints an event a line. The job is a process
+of its own, so that its memory returns when it ends.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ckptfuse.digests import digest
+
+PROTOCOL = 1
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Numerics(Message):
+    """How losses are computed. Those of different numerics are never compared."""
+
+    dtype: Literal["float32", "bfloat16"]
+    attention: str
+    device_class: Literal["cpu", "cuda"]
+    protocol: int = PROTOCOL
+
+    @property
+    def key(self) -> str:
+        return digest(self.model_dump())
+
+
+class Input(Message):
+    """A checkpoint folder, and what it must be: by listing signature (cheap) or by its bytes."""
+
+    uri: str
+    signature: str | None = None
+    fingerprint: str | None = None
+
+
+class CheckpointModel(Message):
+    kind: Literal["checkpoint"] = "checkpoint"
+    input: Input
+
+
+class MergeModel(Message):
+    """A weighted merge of ``inputs`` (oldest first), made in memory; ``fusion`` is its id."""
+
+    kind: Literal["merge"] = "merge"
+    fusion: str
+    inputs: tuple[Input, ...]
+    weights: tuple[float, ...]
+    dtype: str | None
+    ancillary: Input
+
+
+Model = Annotated[CheckpointModel | MergeModel, Field(discriminator="kind")]
+
+
+class BlockSet(Message):
+    """Token blocks in ``folder`` (see blocks.py), named by their digest."""
+
+    folder: str
+    digest: str
+    split: str
+
+
+class Request(Message):
+    models: tuple[Model, ...]
+    blocks: tuple[BlockSet, ...]
+    numerics: Numerics
+    records: str  # URI of the records store
+    batch_tokens: int
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+
+class Read(Message):
+    """A checkpoint was read in full: what its bytes are."""
+
+    event: Literal["read"] = "read"
+    model: int  # index into the request's models
+    fingerprint: str
+    architecture: str
+
+
+class Scored(Message):
+    """A model has all its score records; ``model_id`` is its fingerprint or fusion id."""
+
+    event: Literal["scored"] = "scored"
+    model: int
+    model_id: str
+    seconds: float
+    tokens: int  # predicted in this job; 0 when every record was there
+
+
+class Failed(Message):
+    """One model could not be scored; the job goes on with the next."""
+
+    event: Literal["failed"] = "failed"
+    model: int
+    error: Literal["non-finite", "damaged", "changed", "other"]
+    reason: str
+    checkpoint: str | None = None  # URI of the culprit, where one input of a merge is to blame
+
+
+class Progress(Message):
+    event: Literal["progress"] = "progress"
+    model: int
+    done: int  # blocks
+    total: int
+
+
+Event = Annotated[Read | Scored | Failed | Progress, Field(discriminator="event")]
+
+
+def score_key(*, model_id: str, blocks: str, numerics: Numerics) -> str:
+    """Key of a score record: what was measured, on what, and how."""
+    return digest([model_id, blocks, numerics.key])

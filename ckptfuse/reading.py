@@ -1,0 +1,142 @@
+"""Read a whole checkpoint into memory once: tensors, content hashes and a check for NaN and Inf.
+
+    file bytes --8 MiB leaves, several threads--> one buffer per file --views--> tensors
+                         |                                               |
+                      SHA-256 tree                               finite, or named
+
+Tensors are views of the file's buffer: the peak is the checkpoint's size, not twice that.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ckptfuse import checkpoints, digests
+from ckptfuse.checkpoints import Checkpoint, Layout
+from ckptfuse.errors import ChangedCheckpoint, DamagedCheckpoint, MissingFile, NonFiniteValues
+from ckptfuse.formats.safetensors import Tensor
+from ckptfuse.store import Entry, Store
+
+READ_THREADS = 8
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A checkpoint in memory. ``contents`` maps path -> (size, content hash)."""
+
+    layout: Layout
+    state_dict: dict[str, torch.Tensor]
+    contents: Mapping[str, tuple[int, str]]
+
+    @property
+    def fingerprint(self) -> str:
+        return checkpoints.fingerprint(self.contents)
+
+
+def load(checkpoint: Checkpoint) -> Loaded:
+    """Read every file of a checkpoint once.
+
+    Raises NonFiniteValues naming the tensor, DamagedCheckpoint for a dtype that torch cannot hold,
+    ChangedCheckpoint when a file was written again meanwhile.
+    """
+    layout = checkpoints.read_layout(checkpoint)
+    store = checkpoint.store()
+    contents: dict[str, tuple[int, str]] = {}
+    state_dict: dict[str, torch.Tensor] = {}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for entry in checkpoint.files:
+            buffer, content = _read_file(store, entry, pool)
+            contents[entry.path] = (entry.size, content)
+            if entry.path in layout.headers:
+                for tensor in layout.headers[entry.path].tensors:
+                    state_dict[tensor.name] = _view(buffer, tensor, checkpoint)
+    check_unchanged(checkpoint)
+    for name, values in state_dict.items():
+        check_finite(values, name=name, checkpoint=checkpoint)
+    return Loaded(layout, state_dict, contents)
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """Read every file once, for its hash alone."""
+    store = checkpoint.store()
+    contents = {}
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for entry in checkpoint.files:
+            _, content = _read_file(store, entry, pool)
+            contents[entry.path] = (entry.size, content)
+    check_unchanged(checkpoint)
+    return checkpoints.fingerprint(contents)
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raise ChangedCheckpoint unless every file still has the size and version of the listing."""
+    store = checkpoint.store()
+    for entry in checkpoint.files:
+        try:
+            now = store.stat(entry.path)
+        except MissingFile:
+            now = None
+        if now is None or (now.size, now.version) != (entry.size, entry.version):
+            raise ChangedCheckpoint(
+                f"{checkpoint.uri}/{entry.path} was written again or removed while it was read; "
+                "nothing was kept of this reading"
+            )
+
+
+def check_finite(values: torch.Tensor, *, name: str, checkpoint: Checkpoint) -> None:
+    """Raise NonFiniteValues if a floating tensor holds NaN or Inf."""
+    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+        bad = int((~torch.isfinite(values)).sum())
+        raise NonFiniteValues(
+            f"{checkpoint.uri}: tensor {name!r} has {bad} NaN or Inf values of {values.numel()}",
+            checkpoint=checkpoint.name,
+        )
+
+
+def torch_dtype(tensor: Tensor, checkpoint: Checkpoint) -> torch.dtype:
+    if tensor.dtype not in DTYPES:
+        raise DamagedCheckpoint(
+            f"{checkpoint.uri}: tensor {tensor.name!r} is stored as {tensor.dtype}, which is not "
+            f"supported; {', '.join(DTYPES)} are"
+        )
+    return DTYPES[tensor.dtype]
+
+
+def _read_file(store: Store, entry: Entry, pool: ThreadPoolExecutor) -> tuple[bytearray, str]:
+    buffer = bytearray(entry.size)
+    view = memoryview(buffer)
+
+    def read_leaf(start: int) -> bytes:
+        end = min(start + digests.LEAF_SIZE, entry.size)
+        view[start:end] = store.read_range(entry.path, start, end - start)
+        return digests.leaf_digest(view[start:end])
+
+    leaves = pool.map(read_leaf, range(0, entry.size, digests.LEAF_SIZE))
+    return buffer, digests.tree_digest(leaves)
+
+
+def _view(buffer: bytearray, tensor: Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    dtype = torch_dtype(tensor, checkpoint)
+    if tensor.length == 0:
+        return torch.empty(tensor.shape, dtype=dtype)
+    count = tensor.length // dtype.itemsize
+    if tensor.start % dtype.itemsize:  # a header of odd length: legal, and torch wants alignment
+        data = bytearray(memoryview(buffer)[tensor.start : tensor.start + tensor.length])
+        return torch.frombuffer(data, dtype=dtype, count=count).reshape(tensor.shape)
+    values = torch.frombuffer(buffer, dtype=dtype, count=count, offset=tensor.start)
+    return values.reshape(tensor.shape)

@@ -1,0 +1,258 @@
+"""Records: small immutable JSON documents in the workspace, the only state there is.
+
+``records/<kind>/<key>.json`` is named by what it describes and written atomically and once: the
+same inputs give the same record, so writing one twice is harmless and a process can be killed
+anywhere. Arrays lie beside a record as ``<key>.npz``, written before it: a record that is there
+is whole. No record holds a time of its making.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ckptfuse import __version__
+from ckptfuse.errors import MissingFile, RecordError
+from ckptfuse.store import Store
+
+SCHEMA = 1
+
+
+class Record(BaseModel):
+    """Base of all kinds. ``code`` is the version of ckptfuse that made it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: ClassVar[str]
+    schema_version: int = SCHEMA
+    code: str = __version__
+
+
+class CheckpointRecord(Record):
+    """What the first full read of a checkpoint found; keyed by its listing signature."""
+
+    kind: ClassVar = "checkpoint"
+    name: str
+    uri: str
+    step: int
+    stage: str | None
+    tokens: int | None
+    modified: float
+    size: int
+    signature: str
+    fingerprint: str
+    architecture: str
+    tokenizer: str
+    segment: str
+    generation: int
+
+
+class DomainScore(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    loss: float  # nats per token
+    standard_error: float | None  # None when a single document stands behind it
+    perplexity: float | None  # None when exp(loss) exceeds float64
+    bits_per_byte: float | None
+    tokens: int
+    bytes: int
+    documents: int
+
+
+class ScoreRecord(Record):
+    """One model on one split; keyed by model, blocks and numerics. Arrays: losses per block."""
+
+    kind: ClassVar = "score"
+    model: str  # a checkpoint's fingerprint or a fusion's id
+    blocks: str
+    split: str
+    numerics: str
+    batch_tokens: int
+    domains: dict[str, DomainScore]
+
+
+class Member(BaseModel):
+    """One checkpoint of a window and the weight it was given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    uri: str
+    step: int
+    signature: str
+    fingerprint: str
+    weight: float
+    loss: float  # target loss on selection, nats
+
+
+class PlanRecord(Record):
+    """What the rule made of a window; keyed by the window."""
+
+    kind: ClassVar = "plan"
+    window: str
+    step: int
+    rule: str
+    tokenizer: str
+    members: list[Member]
+    ancillary: str  # fingerprint of the checkpoint that config and tokenizer come from
+    dtype: str | None
+    fusion: str
+    notes: dict[str, float]
+    params: str
+
+
+class FusionRecord(Record):
+    """A merged model that lies complete in the workspace; keyed by the fusion id."""
+
+    kind: ClassVar = "fusion"
+    fusion: str
+    step: int
+    folder: str
+    size: int
+    files: dict[str, tuple[int, str]]  # path -> size, content hash
+
+
+class Comparison(BaseModel):
+    """The fusion against one single checkpoint, on audit. Gains are positive when it is better."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    against: Literal["best", "newest"]
+    name: str
+    step: int
+    fingerprint: str
+    gain: float
+    standard_error: float | None
+    lower_bound: float | None
+    documents: int
+    domains: dict[str, float]
+
+
+class GateRecord(Record):
+    """The verdict on one window's fusion."""
+
+    kind: ClassVar = "gate"
+    window: str
+    fusion: str
+    step: int
+    verdict: Literal["publish", "declined"]
+    reason: str
+    test: int  # ordinal of this test in the trajectory; sets its share of alpha
+    alpha: float
+    comparisons: list[Comparison]
+
+
+class PromotionRecord(Record):
+    """Whether a published fusion became the champion, and why; keyed by the fusion id."""
+
+    kind: ClassVar = "promotion"
+    fusion: str
+    step: int
+    number: int  # of this decision in the trajectory; the champion is the last one promoted
+    promoted: bool
+    reason: str
+
+
+class PublicationRecord(Record):
+    """Where a fusion was published; written when every step of publication is done."""
+
+    kind: ClassVar = "publication"
+    fusion: str
+    window: str
+    step: int
+    tag: str
+    commit: str
+    weights_hash: str
+    model_name: str
+    version: str
+    champion: bool
+
+
+class SkipRecord(Record):
+    """A window that is not fused, and why; keyed by the window."""
+
+    kind: ClassVar = "skip"
+    window: str
+    step: int
+    reason: str
+
+
+class QuarantineRecord(Record):
+    """A checkpoint that must not be used, and why; keyed by its listing signature."""
+
+    kind: ClassVar = "quarantine"
+    name: str
+    uri: str
+    step: int
+    signature: str
+    architecture: str | None
+    reason: str
+
+
+class PruneRecord(Record):
+    """Merged weights that were deleted from the workspace, and why; keyed by the fusion id."""
+
+    kind: ClassVar = "prune"
+    fusion: str
+    folder: str
+    reason: str
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+Arrays = dict[str, NDArray[Any]]
+
+
+class Records:
+    """The records under one store (``<workspace>/records``)."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def get(self, kind: type[AnyRecord], key: str) -> AnyRecord | None:
+        try:
+            text = self.store.read(f"{kind.kind}/{key}.json")
+        except MissingFile:
+            return None
+        return self._parse(kind, key, text)
+
+    def put(self, key: str, record: Record, arrays: Arrays | None = None) -> None:
+        """Write a record, unless one of its kind and key is there: the first one stands."""
+        if self.has(type(record), key):
+            return
+        if arrays is not None:
+            buffer = io.BytesIO()
+            np.savez(buffer, allow_pickle=False, **arrays)
+            self.store.write(f"{record.kind}/{key}.npz", buffer.getvalue())
+        text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+        self.store.write(f"{record.kind}/{key}.json", text.encode())
+
+    def has(self, kind: type[Record], key: str) -> bool:
+        try:
+            self.store.stat(f"{kind.kind}/{key}.json")
+        except MissingFile:
+            return False
+        return True
+
+    def arrays(self, kind: type[Record], key: str) -> Arrays:
+        data = io.BytesIO(self.store.read(f"{kind.kind}/{key}.npz"))
+        with np.load(data, allow_pickle=False) as loaded:
+            return {name: loaded[name] for name in loaded.files}
+
+    def all(self, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
+        """Key -> record, of one kind."""
+        return dict(self._iterate(kind))
+
+    def _iterate(self, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyRecord]]:
+        for entry in self.store.list(f"{kind.kind}/"):
+            if entry.path.endswith(".json"):
+                key = entry.path.removeprefix(f"{kind.kind}/").removesuffix(".json")
+                yield key, self._parse(kind, key, self.store.read(entry.path))
+
+    def _parse(self, kind: type[AnyRecord], key: str, text: bytes) -> AnyRecord:
+        try:
+            return kind.model_validate_json(text)
+        except ValidationError as error:
+            raise RecordError(
+                f"{self.store.uri}/{kind.kind}/{key}.json is not a {kind.kind} record of schema "
+                f"{SCHEMA}: {error}"
+            ) from error

@@ -1,0 +1,1 @@
+"""The report: one page that shows the same truth as the records."""

@@ -1,0 +1,370 @@
+"""Bytes at a URI: a folder or an S3 prefix behind one small protocol.
+
+Everything above this module speaks of relative paths inside a store and never of a disk or a
+bucket. Writes appear whole or not at all: a folder store renames a finished temporary file, and
+S3 shows an object only when its (multipart) upload completes.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from ckptfuse.errors import ConfigurationError, MissingFile, StoreError
+
+TEMPORARY_PREFIX = ".ckptfuse-tmp-"
+_S3_PART_SIZE = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of a listing. ``version`` changes when the file is written again."""
+
+    path: str
+    size: int
+    version: str
+    modified: float  # seconds since the epoch, by the store's clock
+
+
+class Writer(Protocol):
+    """Where the bytes of one new file go, in order."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> object: ...
+
+
+class Store(Protocol):
+    """Files under one URI. Paths are relative, with forward slashes."""
+
+    uri: str
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        """All files whose path starts with ``prefix``, sorted by path."""
+
+    def stat(self, path: str) -> Entry:
+        """One file's entry; raises MissingFile."""
+
+    def read(self, path: str) -> bytes:
+        """A whole (small) file; raises MissingFile."""
+
+    def read_range(self, path: str, start: int, length: int) -> bytes | bytearray:
+        """Exactly ``length`` bytes from ``start``; raises StoreError when the file is shorter."""
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a whole file, atomically, over any earlier one."""
+
+    def writer(self, path: str) -> AbstractContextManager[Writer]:
+        """Stream a new file; it appears when the context ends without an error."""
+
+    def delete(self, path: str) -> None:
+        """Remove a file; a missing one is no error."""
+
+    def child(self, name: str) -> "Store":
+        """The store of a folder inside this one."""
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def open_store(uri: str | Path) -> Store:
+    """The store at a local path, ``file://`` or ``s3://`` URI."""
+    text = str(uri)
+    if is_s3(text):
+        bucket, _, prefix = text.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise ConfigurationError(f"{text!r} names no bucket; expected s3://BUCKET/PREFIX")
+        return S3Store(bucket, prefix.strip("/"))
+    if "://" in text and not text.startswith("file://"):
+        raise ConfigurationError(f"{text!r}: unknown scheme; a local path or s3:// is accepted")
+    return FolderStore(Path(text.removeprefix("file://")))
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """A file's URI as (URI of its folder, name): ``s3://b/a/x.jsonl`` -> (``s3://b/a``, name)."""
+    parent, _, name = uri.rpartition("/")
+    if is_s3(uri) and (parent == "s3:/" or not name):
+        raise ConfigurationError(f"{uri!r} names no object; expected s3://BUCKET/KEY")
+    return parent or ("/" if uri.startswith("/") else "."), name
+
+
+def read_uri(uri: str) -> bytes:
+    """The bytes of one file at a local path or S3 URI."""
+    parent, name = split_uri(uri)
+    return open_store(parent).read(name)
+
+
+class FolderStore:
+    """A folder of a local or mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.uri = str(self.root)
+
+    def path(self, path: str) -> Path:
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise StoreError(f"{path!r} points outside of {self.uri}")
+        return self.root / parts
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        if not self.root.is_dir():
+            raise StoreError(f"{self.uri}: no such folder; create it or correct the path")
+        folder = prefix.rpartition("/")[0]
+        entries = []
+        for parent, _, names in os.walk(self.root / folder):
+            for name in names:
+                if name.startswith(TEMPORARY_PREFIX):
+                    continue
+                full = Path(parent, name)
+                path = full.relative_to(self.root).as_posix()
+                if path.startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                        entries.append(self._entry(path, full))
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def _entry(self, path: str, full: Path) -> Entry:
+        info = full.stat()
+        return Entry(path, info.st_size, str(info.st_mtime_ns), info.st_mtime)
+
+    def stat(self, path: str) -> Entry:
+        with self._missing(path):
+            return self._entry(path, self.path(path))
+
+    def read(self, path: str) -> bytes:
+        with self._missing(path):
+            return self.path(path).read_bytes()
+
+    def read_range(self, path: str, start: int, length: int) -> bytes | bytearray:
+        with self._missing(path):
+            descriptor = os.open(self.path(path), os.O_RDONLY)
+        try:
+            data = bytearray(length)
+            view, done = memoryview(data), 0
+            while done < length:  # one read returns at most 2 GiB
+                count = os.preadv(descriptor, [view[done:]], start + done)
+                if count == 0:
+                    raise StoreError(_short_read(self.uri, path, start, length, done))
+                done += count
+            return data
+        finally:
+            os.close(descriptor)
+
+    def write(self, path: str, data: bytes) -> None:
+        with self.writer(path) as out:
+            out.write(data)
+
+    @contextmanager
+    def writer(self, path: str) -> Iterator[Writer]:
+        target = self.path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        try:
+            with temporary.open("wb") as out:
+                yield out
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(target)
+        except OSError as error:
+            raise StoreError(f"cannot write {target}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, path: str) -> None:
+        self.path(path).unlink(missing_ok=True)
+
+    def child(self, name: str) -> "FolderStore":
+        return FolderStore(self.path(name))
+
+    @contextmanager
+    def _missing(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingFile(f"{self.uri}/{path}: no such file") from error
+        except IsADirectoryError as error:
+            raise StoreError(f"{self.uri}/{path} is a folder; a file was expected") from error
+        except PermissionError as error:
+            raise StoreError(f"{self.uri}/{path}: permission denied") from error
+
+
+class S3Store:
+    """A prefix of an S3 bucket; endpoint, region and credentials come from the AWS settings."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.bucket = bucket
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        entries = []
+        with self._explained(prefix):
+            pages = _client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
+                entries += [self._entry(item["Key"], item) for item in page.get("Contents", [])]
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def _entry(self, key: str, item: Any, size: str = "Size") -> Entry:
+        path = key.removeprefix(self.prefix)
+        return Entry(path, item[size], item["ETag"].strip('"'), item["LastModified"].timestamp())
+
+    def stat(self, path: str) -> Entry:
+        key = self.prefix + path
+        with self._explained(path):
+            head = _client().head_object(Bucket=self.bucket, Key=key)
+            return self._entry(key, head, "ContentLength")
+
+    def read(self, path: str) -> bytes:
+        with self._explained(path):
+            answer = _client().get_object(Bucket=self.bucket, Key=self.prefix + path)
+            return bytes(answer["Body"].read())
+
+    def read_range(self, path: str, start: int, length: int) -> bytes:
+        if length == 0:
+            return b""
+        span = f"bytes={start}-{start + length - 1}"
+        with self._explained(path):
+            answer = _client().get_object(Bucket=self.bucket, Key=self.prefix + path, Range=span)
+            data = bytes(answer["Body"].read())
+        if len(data) != length:
+            raise StoreError(_short_read(self.uri, path, start, length, len(data)))
+        return data
+
+    def write(self, path: str, data: bytes) -> None:
+        with self._explained(path):
+            _client().put_object(Bucket=self.bucket, Key=self.prefix + path, Body=data)
+
+    @contextmanager
+    def writer(self, path: str) -> Iterator[Writer]:
+        upload = _MultipartUpload(self.bucket, self.prefix + path)
+        with self._explained(path):
+            try:
+                yield upload
+                upload.complete()
+            except BaseException:
+                upload.abort()
+                raise
+
+    def delete(self, path: str) -> None:
+        with self._explained(path):
+            _client().delete_object(Bucket=self.bucket, Key=self.prefix + path)
+
+    def child(self, name: str) -> "S3Store":
+        return S3Store(self.bucket, (self.prefix + name).strip("/"))
+
+    @contextmanager
+    def _explained(self, path: str) -> Iterator[None]:
+        """Turn botocore's many exceptions into ours, with what a person can do."""
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            NoCredentialsError,
+            PartialCredentialsError,
+            ProfileNotFound,
+        )
+
+        where = f"{self.uri}/{path}" if path else self.uri
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+            raise ConfigurationError(
+                f"{where}: no usable AWS credentials ({error}); set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or run with an instance role"
+            ) from error
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            raise _client_error(where, self.bucket, code, error) from error
+        except BotoCoreError as error:
+            raise StoreError(
+                f"{where}: {error}; is AWS_ENDPOINT_URL right and the store up?"
+            ) from error
+
+
+def _client_error(where: str, bucket: str, code: str, error: Exception) -> StoreError:
+    if code == "NoSuchBucket":
+        return StoreError(f"{where}: the bucket {bucket!r} does not exist")
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return MissingFile(f"{where}: no such object")
+    if code in ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return StoreError(f"{where}: access denied ({code}); check the AWS credentials and policy")
+    return StoreError(f"{where}: {error}")
+
+
+class _MultipartUpload:
+    """Bytes in order to one S3 object: parts of 16 MiB, or one put when they all fit in one."""
+
+    def __init__(self, bucket: str, key: str) -> None:
+        self._target = {"Bucket": bucket, "Key": key}
+        self._buffer = bytearray()
+        self._upload_id: str | None = None
+        self._parts: list[dict[str, object]] = []
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> None:
+        self._buffer += data
+        while len(self._buffer) >= self._part_size():
+            self._send_part(self._part_size())
+
+    def _part_size(self) -> int:
+        # S3 admits 10,000 parts: growing ones let a single object reach its limit of 5 TiB.
+        return _S3_PART_SIZE * (1 + len(self._parts) // 1000) ** 2
+
+    def _send_part(self, size: int) -> None:
+        if self._upload_id is None:
+            self._upload_id = _client().create_multipart_upload(**self._target)["UploadId"]
+        number = len(self._parts) + 1
+        answer = _client().upload_part(
+            **self._target,
+            UploadId=self._upload_id,
+            PartNumber=number,
+            Body=bytes(memoryview(self._buffer)[:size]),
+        )
+        self._parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+        del self._buffer[:size]
+
+    def complete(self) -> None:
+        if self._upload_id is None:
+            _client().put_object(**self._target, Body=bytes(self._buffer))
+            return
+        if self._buffer:
+            self._send_part(len(self._buffer))
+        _client().complete_multipart_upload(
+            **self._target, UploadId=self._upload_id, MultipartUpload={"Parts": self._parts}
+        )
+
+    def abort(self) -> None:
+        if self._upload_id is not None:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                _client().abort_multipart_upload(**self._target, UploadId=self._upload_id)
+
+
+@lru_cache(maxsize=1)
+def _client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    # Checksums only where required: several S3-compatible stores answer ranged reads without one.
+    config = Config(
+        max_pool_connections=32,
+        retries={"mode": "standard", "max_attempts": 5},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    return boto3.client("s3", config=config)
+
+
+def _short_read(uri: str, path: str, start: int, length: int, got: int) -> str:
+    return (
+        f"{uri}/{path}: {got} bytes came where {length} were asked for at offset {start}; "
+        "the file is shorter than expected or was replaced while it was read"
+    )
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a local folder if it is there; read-only files inside do not stop it."""
+    if path.is_dir():
+        shutil.rmtree(path)

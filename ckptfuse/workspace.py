@@ -1,0 +1,53 @@
+"""The workspace: one folder that the service owns, and the one lock that guards it.
+
+records/   the only state            models/   merged weights, by fusion id
+ledger/    Git and DVC               cache/    blocks and digests, can be made again
+locks/     who is at work            tmp/      nothing that anyone needs
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ckptfuse.records import Records
+from ckptfuse.store import FolderStore
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    root: Path
+
+    @property
+    def records(self) -> Records:
+        folder = self.root / "records"
+        folder.mkdir(parents=True, exist_ok=True)
+        return Records(FolderStore(folder))
+
+    def folder(self, name: str) -> Path:
+        """A folder of the workspace, made if need be."""
+        folder = self.root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def model(self, fusion: str) -> Path:
+        return self.folder("models") / fusion
+
+    @contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Be the one writer; yields False, at once, when another process is.
+
+        The lock is the kernel's (flock): it ends with its process, however that ends.
+        """
+        lock = FileLock(self.folder("locks") / "writer.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()

@@ -1,0 +1,11 @@
+"""Replay a finished trajectory: every window is fused and judged, in the order of training."""
+
+from prefect import flow
+
+from flows.watch import Summary, watch
+
+
+@flow(name="backfill", flow_run_name="backfill", persist_result=False)
+def backfill(params_file: str) -> Summary:
+    """The watch flow, with no window superseded by a later one."""
+    return watch(params_file, live=False)

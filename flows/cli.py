@@ -1,0 +1,311 @@
+"""The command line. Results go to standard output; progress, notes and errors to standard error.
+
+Exit status: 0 done or nothing to do, 1 fault, 2 usage or configuration, 3 declined. Heavy
+imports stay inside the commands that need them, so that help and errors come at once.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ckptfuse.errors import CkptfuseError, ConfigurationError
+
+if TYPE_CHECKING:
+    from ckptfuse.params import Params
+    from flows.watch import Summary
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fuse the checkpoints of a running pretraining into better models, unattended.",
+)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, soft_wrap=True)
+
+ParamsOption = Annotated[
+    Path | None, typer.Option("--params", help="params.yaml to read  [default: ./params.yaml]")
+]
+DECLINED = 3
+
+
+def main() -> None:
+    """Run a command; expected failures become one message and an exit status."""
+    try:
+        app()
+    except CkptfuseError as error:
+        stderr.print(f"ckptfuse: {error}", markup=False)
+        sys.exit(error.exit_status)
+
+
+def _load(params: Path | None) -> tuple["Params", str]:
+    """The parameters and their file, with the environment ready for Prefect and MLflow."""
+    from ckptfuse.params import PARAMS_FILE, load_params
+    from flows.environment import prepare
+
+    loaded = load_params(params)
+    prepare(Path(loaded.workspace))
+    import os
+
+    file = params or Path(os.environ.get("CKPTFUSE_PARAMS", PARAMS_FILE))
+    return loaded, str(file.resolve())
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("ckptfuse")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+
+
+@app.command()
+def watch(
+    params: ParamsOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+) -> None:
+    """Watch the bucket: score, fuse, prove, version and register what is new."""
+    loaded, file = _load(params)
+    _preflight(loaded)
+    _log_to_stderr()
+    stderr.print("starting (the first look takes a few seconds: Prefect's server starts)")
+    from flows.watch import watch as watch_flow
+
+    if once:
+        summary = watch_flow(file)
+        stdout.print(_sentence(summary), markup=False)
+        if summary.delayed:
+            raise typer.Exit(1)
+        return
+    while True:
+        _look_and_go_on(watch_flow, file)
+        time.sleep(loaded.watch.interval_seconds)
+
+
+def _look_and_go_on(watch_flow: object, file: str) -> None:
+    """One scheduled look; a failure is told, and the next look tries again."""
+    try:
+        summary: Summary = watch_flow(file)  # type: ignore[operator]
+    except ConfigurationError:
+        raise
+    except Exception as error:  # the watch outlives a store, a server or a disk that fails
+        stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
+        return
+    if not summary.did_nothing:
+        stderr.print(_sentence(summary), markup=False)
+
+
+def _preflight(params: "Params") -> None:
+    """Tell of a wrong bucket, corpus or rule before any server starts."""
+    from ckptfuse.checkpoints import check_bucket_uri
+    from ckptfuse.pipeline import open_service
+    from ckptfuse.store import open_store
+
+    open_service(params).scorer.corpus_digest()
+    open_store(check_bucket_uri(params.bucket)).list()
+
+
+def _sentence(summary: "Summary") -> str:
+    if summary.busy:
+        return "Another process is at work on this workspace; nothing done."
+    waiting = f" ({summary.incomplete} not complete yet)" if summary.incomplete else ""
+    if summary.delayed:
+        return f"Publication waits for the next run: {summary.delayed}"
+    if summary.did_nothing:
+        held = f"; {len(summary.held)} could not be read" if summary.held else ""
+        return f"Nothing to do: {summary.complete} checkpoints, all seen before{waiting}{held}."
+    verdicts = [f"step {v.step}: {v.verdict} ({v.reason})" for v in summary.verdicts]
+    return (
+        f"{summary.scored} scored, {summary.quarantined} quarantined, {summary.skipped} skipped, "
+        f"{summary.published} published{waiting}. " + " ".join(verdicts)
+    ).strip()
+
+
+@app.command()
+def fuse(
+    params: ParamsOption = None,
+    step: Annotated[
+        int | None, typer.Option(help="Fuse the window that ends here  [default: the newest]")
+    ] = None,
+) -> None:
+    """Fuse one window of checkpoints that are scored already."""
+    loaded, file = _load(params)
+    _preflight(loaded)
+    _log_to_stderr()
+    from flows.fuse import fuse_step
+
+    verdict = fuse_step(file, step)
+    stdout.print(f"step {verdict.step}: {verdict.verdict}: {verdict.reason}", markup=False)
+    if verdict.verdict == "declined":
+        raise typer.Exit(DECLINED)
+
+
+@app.command()
+def backfill(params: ParamsOption = None) -> None:
+    """Replay a finished trajectory: fuse and judge every window, oldest first."""
+    loaded, file = _load(params)
+    _preflight(loaded)
+    _log_to_stderr()
+    from flows.backfill import backfill as backfill_flow
+
+    stdout.print(_sentence(backfill_flow(file)), markup=False)
+
+
+@app.command()
+def status(params: ParamsOption = None) -> None:
+    """Show what is known of the trajectory: checkpoints, fusions, verdicts."""
+    loaded, _ = _load(params)
+    from ckptfuse.overview import overview
+    from ckptfuse.pipeline import open_service
+    from flows.show import table
+
+    seen = overview(open_service(loaded))
+    stdout.print(table(seen))
+    for item in seen.quarantined:
+        stdout.print(f"quarantined {item.name}: {item.reason}", markup=False)
+
+
+@app.command()
+def report(params: ParamsOption = None) -> None:
+    """Write the report page and print its path."""
+    loaded, _ = _load(params)
+    from ckptfuse.report.page import write_report
+
+    from ckptfuse.pipeline import open_service
+
+    stdout.print(str(write_report(open_service(loaded))), markup=False)
+
+
+@app.command()
+def score(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or s3:// prefix.")],
+    corpus: Annotated[
+        list[str], typer.Option(help="NAME=FILE.jsonl with a text field; repeat for more domains.")
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="selection, audit or report  [default: all the text]")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with a tokenizer  [default: the checkpoint]")
+    ] = None,
+    block_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of context  [default: up to 1024]")
+    ] = None,
+    bos: Annotated[str, typer.Option(help="document: one before each document; or none")] = (
+        "document"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Score one checkpoint on text files: loss, perplexity, bits per byte."""
+    corpora = dict(_pair(item, "--corpus", "NAME=FILE.jsonl") for item in corpus)
+    if split not in (None, "selection", "audit", "report"):
+        raise ConfigurationError(f"--split {split!r}: selection, audit or report is expected")
+    if bos not in ("document", "none"):
+        raise ConfigurationError(f"--bos {bos!r}: document or none is expected")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigurationError(f"--device {device!r}: auto, cpu or cuda is expected")
+    from ckptfuse.once import score_once
+    from flows.show import print_score
+
+    result = score_once(
+        checkpoint,
+        corpora,
+        split=split,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        block_length=block_length,
+        bos=bos,
+        device=device,
+    )
+    print_score(result, checkpoint, stdout=stdout, stderr=stderr, as_json=as_json)
+
+
+@app.command()
+def merge(
+    out: Annotated[str, typer.Argument(help="New folder or s3:// prefix.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="CHECKPOINT=WEIGHT...")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16  [default: as the inputs]")
+    ] = None,
+) -> None:
+    """Merge checkpoints, oldest first; configuration and tokenizer are the last one's."""
+    pairs = [_pair(item, "input", "CHECKPOINT=WEIGHT") for item in inputs]
+    try:
+        weights = [float(weight) for _, weight in pairs]
+    except ValueError as error:
+        raise ConfigurationError(f"a weight is no number: {error}") from error
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigurationError(f"--dtype {dtype!r}: float32, bfloat16 or float16 is expected")
+    if abs(sum(weights) - 1) > 1e-6:
+        stderr.print(f"note: the weights sum to {sum(weights):g}; they are used as given")
+    from ckptfuse.once import merge_once
+
+    spec, contents = merge_once(out, [uri for uri, _ in pairs], weights, dtype=dtype)
+    size = sum(size for size, _ in contents.values())
+    stderr.print(f"{len(contents)} files, {size / 1e6:.1f} MB, fusion {spec.id[:16]}")
+    stdout.print(out, markup=False)
+
+
+def _pair(text: str, what: str, form: str) -> tuple[str, str]:
+    """Split at the last ``=`` for weights, so that URIs may hold one; NAME=FILE at the first."""
+    left, equals, right = text.rpartition("=") if what == "input" else text.partition("=")
+    if not (left and equals and right):
+        raise ConfigurationError(f"{what} {text!r}: {form} is expected")
+    return left, right
+
+
+@app.command()
+def demo(
+    workspace: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("workspace"),
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 900,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 75,
+) -> None:
+    """Pretrain a small model on this machine's text while the service watches it."""
+    from flows.demo.run import run_demo
+
+    run_demo(workspace, steps=steps, save_every=save_every)
+
+
+stage = typer.Typer(hidden=True, no_args_is_help=True, help="The stages of dvc.yaml.")
+app.add_typer(stage, name="stage")
+
+
+@stage.command("score")
+def stage_score(key: str) -> None:
+    """Score the checkpoint that window.yaml calls KEY."""
+    from tasks.stages import score
+
+    score(key)
+
+
+@stage.command("decide")
+def stage_decide() -> None:
+    """Derive the weights again and pass the pinned ones on."""
+    from tasks.stages import decide
+
+    decide()
+
+
+@stage.command("fuse")
+def stage_fuse() -> None:
+    """Merge with the pinned weights."""
+    from tasks.stages import fuse
+
+    fuse()
+
+
+@stage.command("evaluate")
+def stage_evaluate() -> None:
+    """Judge the merge and write its figures."""
+    from tasks.stages import evaluate_stage
+
+    evaluate_stage()
+
+
+if __name__ == "__main__":
+    main()

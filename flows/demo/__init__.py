@@ -1,0 +1,1 @@
+"""What the demo brings of its own: text that every machine has, and a small real pretraining."""

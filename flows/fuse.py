@@ -1,0 +1,110 @@
+"""Fuse one window: weights -> merge -> score -> gate -> ledger -> registry."""
+
+from pathlib import Path
+
+from prefect import flow
+
+from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues
+from ckptfuse.params import load_params
+from ckptfuse.pipeline import Service, load_state, open_service
+from ckptfuse.plan import Fuse, Quarantine, Skip
+from ckptfuse.records import (
+    CheckpointRecord,
+    FusionRecord,
+    GateRecord,
+    Member,
+    PlanRecord,
+    PublicationRecord,
+)
+from ckptfuse.window import Window, window_key, windows
+from tasks.discover import discover, quarantine, skip
+from tasks.fuse import decide_weights, judge_fusion, merge_fusion
+from tasks.publish import publish
+from tasks.score import score_fusion
+from tasks.version import commit_fusion
+
+
+@flow(name="fuse", flow_run_name="fuse step {step}", persist_result=False)
+def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRecord | None:
+    """Take one window through to its verdict and, if the gate passes, its publication.
+
+    ``members`` are the signatures of the window's checkpoints, oldest first. None when a
+    checkpoint turned out to be damaged; it is quarantined then, and the window skipped.
+    """
+    service = open_service(load_params(Path(params_file)))
+    known = service.records.all(CheckpointRecord)
+    item = Fuse(window, Window(tuple(known[signature] for signature in members)))
+    decided = decide_weights(service, item)
+    try:
+        verdict = _verdict(service, decided)
+    except NonFiniteValues as error:
+        _set_aside(service, decided, error)
+        return None
+    if verdict.verdict == "publish":
+        publish_window(service, decided, verdict)
+    return verdict
+
+
+def _verdict(service: Service, decided: PlanRecord) -> GateRecord:
+    if sum(1 for member in decided.members if member.weight) > 1:
+        fusion = merge_fusion(service, decided)
+        score_fusion(service, decided, fusion)
+    return judge_fusion(service, decided)
+
+
+def _set_aside(service: Service, decided: PlanRecord, error: NonFiniteValues) -> None:
+    """Quarantine the member that is to blame; the next run goes on without it."""
+    for member in decided.members:
+        if error.checkpoint in (member.name, member.uri):
+            quarantine(service, _quarantine_of(member, str(error)))
+    skip(service, Skip(decided.window, decided.step, str(error)))
+
+
+def _quarantine_of(member: Member, reason: str) -> Quarantine:
+    return Quarantine(open_checkpoint(member.uri), None, reason)
+
+
+def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -> PublicationRecord:
+    """Everything after the verdict, in the order of publication; repeats nothing that is done."""
+    fusion: FusionRecord = merge_fusion(service, decided)
+    entry = commit_fusion(service, decided, verdict, fusion)
+    return publish(service, decided, verdict, fusion, entry)
+
+
+def fuse_step(params_file: str, step: int | None) -> GateRecord:
+    """Fuse the window that ends at ``step`` (the newest without one), from recorded scores.
+
+    Raises ConfigurationError when there is no such window.
+    """
+    service = open_service(load_params(Path(params_file)))
+    with service.workspace.lock() as mine:
+        if not mine:
+            raise CkptfuseError("another process is at work on this workspace; try again later")
+        item = _find_window(service, step)
+        members = [member.signature for member in item.window.members]
+        verdict = fuse(params_file, item.key, item.window.step, members)
+    if verdict is None:
+        raise CkptfuseError(f"step {item.window.step}: a checkpoint of the window is damaged")
+    return verdict
+
+
+def _find_window(service: Service, step: int | None) -> Fuse:
+    state = load_state(service)
+    listing = discover(service)
+    healthy = [
+        state.checkpoints[checkpoint.signature]
+        for checkpoint in listing.complete
+        if checkpoint.signature in state.scored and checkpoint.signature not in state.quarantined
+    ]
+    found = [w for w in windows(healthy, service.params.window) if step in (None, w.step)]
+    if not found:
+        steps = ", ".join(str(record.step) for record in healthy) or "none"
+        raise ConfigurationError(
+            f"no window of at least {service.params.window.minimum} scored checkpoints ends at "
+            f"{'any step' if step is None else f'step {step}'}; scored are: {steps}. "
+            "`ckptfuse watch --once` scores what is new"
+        )
+    newest = found[-1]
+    key = window_key(newest.newest, service.params.scientific_digest(), state.corpus)
+    return Fuse(key, newest)

@@ -1,0 +1,98 @@
+"""Watch the bucket: a short, stateless run that lists, compares with the records, acts and ends.
+
+It can run any number of times, be killed anywhere and be started again; a second one beside it
+finds the lock taken and leaves the work to the first.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefect import flow
+
+from ckptfuse.checkpoints import Listing
+from ckptfuse.errors import PublicationError
+from ckptfuse.params import load_params
+from ckptfuse.pipeline import Service, load_state, open_service
+from ckptfuse.plan import Actions
+from ckptfuse.records import GateRecord
+from flows.fuse import fuse, publish_window
+from tasks.discover import discover, plan_actions, quarantine, skip
+from tasks.log import log
+from tasks.prune import prune
+from tasks.publish import draw_curves
+from tasks.score import score_checkpoints
+
+
+@dataclass
+class Summary:
+    """What one watch run did."""
+
+    busy: bool = False  # another process holds the workspace
+    complete: int = 0
+    incomplete: int = 0
+    scored: int = 0
+    quarantined: int = 0
+    skipped: int = 0
+    held: frozenset[str] = frozenset()
+    verdicts: list[GateRecord] = field(default_factory=list)
+    published: int = 0
+    delayed: str | None = None  # why a publication waits for the next run
+
+    @property
+    def did_nothing(self) -> bool:
+        done = (self.scored, self.quarantined, self.skipped, self.verdicts, self.published)
+        return not any(done)
+
+
+@flow(name="watch", flow_run_name="watch", persist_result=False)
+def watch(params_file: str, live: bool = True) -> Summary:
+    """One look at the bucket, and everything that follows from it."""
+    service = open_service(load_params(Path(params_file)))
+    with service.workspace.lock() as mine:
+        if not mine:
+            log.info("another process is at work on this workspace; nothing done")
+            return Summary(busy=True)
+        return _look(service, params_file, live)
+
+
+def _look(service: Service, params_file: str, live: bool) -> Summary:
+    listing = discover(service)
+    summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
+    try:
+        while actions := plan_actions(service, listing, summary.held, live):
+            _act(service, params_file, listing, actions, summary)
+    except PublicationError as error:
+        summary.delayed = str(error)
+        log.warning("publication waits for the next run: %s", error)
+    if not summary.did_nothing:
+        draw_curves(service)
+        prune(service)
+    return summary
+
+
+def _act(
+    service: Service, params_file: str, listing: Listing, actions: Actions, summary: Summary
+) -> None:
+    for damaged in actions.quarantine:
+        quarantine(service, damaged)
+        summary.quarantined += 1
+    if actions.score:
+        names = ", ".join(checkpoint.name for checkpoint in actions.score)
+        failed = score_checkpoints(service, actions.score, names)
+        summary.held |= failed
+        summary.scored += len(actions.score) - len(failed)
+    for key in actions.publish:
+        state = load_state(service)
+        publish_window(service, state.plans[key], state.gates[key])
+        summary.published += 1
+    for superseded in actions.skip:
+        skip(service, superseded)
+        summary.skipped += 1
+    for item in actions.fuse:
+        members = [member.signature for member in item.window.members]
+        verdict = fuse(params_file, item.key, item.window.step, members)
+        if verdict is None:
+            summary.quarantined += 1
+            return  # plan again without the damaged checkpoint
+        summary.verdicts.append(verdict)
+        summary.published += verdict.verdict == "publish"

@@ -1,0 +1,202 @@
+"""The ledger: a Git repository with DVC that the service owns, one commit and tag per fusion.
+
+    dvc.yaml params.yaml constraints.txt   how                      in Git
+    window.yaml dvc.lock metrics.json      what came out            in Git
+    corpus/ scores/ decision.json model/   text, scores, weights    in DVC
+
+Files that the service computed elsewhere are laid in place and taken over with ``dvc commit``, so
+that ``dvc repro`` at the tag finds nothing to do, and makes the same bytes when forced.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ckptfuse.errors import PublicationError
+from ckptfuse.params import Params
+from ckptfuse.pipeline import Service
+from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
+from ckptfuse.score_files import export_scores
+from ckptfuse.store import open_store, read_uri, remove_folder
+from tasks import stages
+from tasks.window_file import WindowFile
+
+_IDENTITY = ("user.name=ckptfuse", "user.email=ckptfuse@localhost", "commit.gpgsign=false")
+_TEMPLATES = ("dvc.yaml", "constraints.txt")
+_IGNORED = "/corpus\n/scores\n/decision.json\n/model\n"
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """Where one fusion is in the ledger. ``weights_hash`` is DVC's hash of ``model/``."""
+
+    tag: str
+    commit: str
+    weights_hash: str
+
+
+def tag_of(decided: PlanRecord) -> str:
+    return f"step-{decided.step}-{decided.fusion[:12]}"
+
+
+class Ledger:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    # -- programs --------------------------------------------------------------------------
+
+    def git(self, *arguments: str) -> str:
+        settings = [part for value in _IDENTITY for part in ("-c", value)]
+        return self._run(["git", *settings, "-c", "core.hooksPath=/dev/null", *arguments])
+
+    def dvc(self, *arguments: str) -> str:
+        return self._run([sys.executable, "-m", "dvc", *arguments])
+
+    def _run(self, command: list[str]) -> str:
+        # A GIT_DIR in our environment (we may run under a hook) would name another repository.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        environment["DVC_NO_ANALYTICS"] = "1"
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            words = " ".join(command)
+            raise PublicationError(
+                f"{words}\n  in {self.folder}: {(done.stderr or done.stdout).strip()}"
+            )
+        return done.stdout.strip()
+
+    # -- the repository --------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Make the repository, or bring it back to its last commit after a kill. We own it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / ".git" / "HEAD").is_file():
+            self.git("init", "--quiet", "--initial-branch=main")
+        (self.folder / ".git" / "index.lock").unlink(missing_ok=True)
+        if not self._has_commit():
+            self._first_commit()
+        self.git("reset", "--quiet", "--hard")
+        for lock in ("lock", "rwlock", "rwlock.lock"):
+            (self.folder / ".dvc" / "tmp" / lock).unlink(missing_ok=True)
+
+    def _has_commit(self) -> bool:
+        try:
+            self.git("rev-parse", "--verify", "--quiet", "HEAD")
+        except PublicationError:
+            return False
+        return True
+
+    def _first_commit(self) -> None:
+        remove_folder(self.folder / ".dvc")
+        self.dvc("init")
+        self.dvc("config", "core.analytics", "false")
+        self.dvc("config", "core.autostage", "false")
+        self.dvc("config", "cache.type", "reflink,hardlink,copy")
+        (self.folder / ".gitignore").write_text(_IGNORED)
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", "A ledger of fusions")
+
+    def find(self, tag: str) -> LedgerEntry | None:
+        """The entry of a tag; None when it was not made yet."""
+        if not self.git("tag", "--list", tag):
+            return None
+        lock = yaml.safe_load(self.git("show", f"{tag}:dvc.lock"))
+        (model,) = (out for out in lock["stages"]["fuse"]["outs"] if out["path"] == "model")
+        commit = self.git("rev-list", "-n", "1", tag)
+        return LedgerEntry(tag, commit, str(model["md5"]))
+
+    # -- one fusion ------------------------------------------------------------------------
+
+    def enter(
+        self, service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
+    ) -> LedgerEntry:
+        """Commit and tag a fusion; the entry that is there already when it was."""
+        self.prepare()
+        tag = tag_of(decided)
+        known = self.find(tag)
+        if known is None:
+            self._lay_out(service, decided, verdict, fusion)
+            self.dvc("commit", "--force")
+            self.git("add", "--all")
+            if self.git("status", "--porcelain"):
+                message = f"Step {decided.step}: fusion {decided.fusion[:12]}\n\n{verdict.reason}"
+                self.git("commit", "--quiet", "--message", message)
+            self.git("tag", "--annotate", tag, "--message", verdict.reason)
+            known = self.find(tag)
+            assert known is not None
+        if service.params.ledger.remote:
+            self.git("push", "--quiet", service.params.ledger.remote, "HEAD:main", tag)
+        return known
+
+    def _lay_out(
+        self, service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
+    ) -> None:
+        for name in _TEMPLATES:
+            (self.folder / name).write_bytes(template(name).read_bytes())
+        WindowFile.of(decided, verdict).write(self.folder)  # dvc.yaml does not parse without it
+        self._lay_corpus(service.params)
+        remove_folder(self.folder / "scores")
+        for member in decided.members:
+            path = self.folder / stages.SCORES / f"step{member.step}.npz"
+            export_scores(service.scorer, member.fingerprint, decided.tokenizer, path)
+        stages.write_decision(decided, self.folder)
+        stages.write_metrics(service, decided, verdict, self.folder)
+        link_tree(Path(fusion.folder), self.folder / "model")
+
+    def _lay_corpus(self, params: Params) -> None:
+        """The corpus files, and the scientific parameters with their paths in the ledger."""
+        science = params.scientific()
+        files = {f"{name}.jsonl": d.path for name, d in params.corpus.domains.items()}
+        for name in params.corpus.domains:
+            science["corpus"]["domains"][name]["path"] = f"corpus/{name}.jsonl"
+        if params.corpus.tokenizer:
+            store = open_store(params.corpus.tokenizer)
+            files |= {f"tokenizer/{e.path}": f"{store.uri}/{e.path}" for e in store.list("")}
+            science["corpus"]["tokenizer"] = "corpus/tokenizer"
+        text = yaml.safe_dump(science, sort_keys=False)
+        (self.folder / "params.yaml").write_text(text)
+        if self._copy_changed(files):
+            self.dvc("add", "corpus")
+
+    def _copy_changed(self, files: Mapping[str, str]) -> bool:
+        """Copy the corpus unless every file in place has the content of its source."""
+        corpus = self.folder / "corpus"
+        present = {p.relative_to(corpus).as_posix() for p in corpus.rglob("*") if p.is_file()}
+        sources = {name: read_uri(uri) for name, uri in files.items()}
+        same = present == sources.keys() and all(
+            (corpus / name).read_bytes() == data for name, data in sources.items()
+        )
+        if same and (self.folder / "corpus.dvc").is_file():
+            return False
+        remove_folder(corpus)
+        for name, data in sources.items():
+            path = corpus / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return True
+
+
+def template(name: str) -> Path:
+    """A file of the ledger's template: inside an installed package, or the project's root."""
+    packaged = Path(__file__).parent / "ledger_template" / name
+    return packaged if packaged.is_file() else Path(__file__).parent.parent / name
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Hard-link a folder's files, or copy where the file system cannot."""
+    remove_folder(target)
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copyfile(path, place)

@@ -1,0 +1,38 @@
+"""Delete merged weights that nobody needs from the workspace; the ledger keeps published ones."""
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ckptfuse.pipeline import Service
+from ckptfuse.promotion import champion
+from ckptfuse.records import FusionRecord, GateRecord, PruneRecord, PublicationRecord
+from ckptfuse.store import remove_folder
+from tasks.log import log
+
+
+@task(cache_policy=NO_CACHE)
+def prune(service: Service) -> None:
+    """Delete declined fusions, and published ones but the champion and the newest."""
+    records = service.records
+    published = {p.fusion: p for p in records.all(PublicationRecord).values()}
+    declined = {g.fusion: g for g in records.all(GateRecord).values() if g.verdict == "declined"}
+    present = champion(service)
+    keep = {present.fusion} if present else set()
+    if published:
+        keep.add(max(published.values(), key=lambda p: int(p.version)).fusion)
+    for fusion, record in records.all(FusionRecord).items():
+        folder = Path(record.folder)
+        if fusion in keep or not folder.is_dir():
+            continue
+        if fusion in published:
+            _delete(service, fusion, folder, "published; the ledger and the registry hold it")
+        elif fusion in declined:
+            _delete(service, fusion, folder, f"declined: {declined[fusion].reason}")
+
+
+def _delete(service: Service, fusion: str, folder: Path, reason: str) -> None:
+    service.records.put(fusion, PruneRecord(fusion=fusion, folder=str(folder), reason=reason))
+    remove_folder(folder)
+    log.info("deleted the merged weights %s: %s", fusion[:12], reason)

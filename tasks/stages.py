@@ -1,0 +1,192 @@
+"""The stages of dvc.yaml: the pipeline's own steps, run from files in a ledger.
+
+Each stage works on a workspace of its own that it throws away, so it computes afresh whatever the
+service remembers; what passes from stage to stage are the files that DVC sees.
+"""
+
+import csv
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckptfuse import pipeline
+from ckptfuse.checkpoints import Checkpoint, open_checkpoint
+from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, ConfigurationError
+from ckptfuse.evaluation import Evaluation, evaluate
+from ckptfuse.params import load_params
+from ckptfuse.pipeline import Service
+from ckptfuse.protocol import CheckpointModel, Input
+from ckptfuse.reading import fingerprint_of
+from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, Member, PlanRecord
+from ckptfuse.score_files import export_scores, import_scores
+from ckptfuse.store import remove_folder
+from ckptfuse.window import Window
+from ckptfuse.workspace import Workspace
+from tasks.window_file import WindowFile, read_window_file
+
+SCORES = Path("scores")
+DECISION = Path("decision.json")
+MODEL = Path("model")
+METRICS = Path("metrics.json")
+LOSSES = Path("losses.csv")
+
+#: Largest change of a weight between the pinned decision and the one derived again.
+WEIGHT_TOLERANCE = 0.02
+
+
+@contextmanager
+def _bench() -> Iterator[tuple[Service, WindowFile, PlanRecord]]:
+    params = load_params()
+    window = read_window_file(Path())
+    with tempfile.TemporaryDirectory(prefix="ckptfuse-stage-") as folder:
+        yield (
+            Service(params, Workspace(Path(folder))),
+            window,
+            window.plan(dtype=params.fuse.dtype),
+        )
+
+
+def score(key: str) -> None:
+    """``scores/<key>.npz``: one checkpoint on every split."""
+    with _bench() as (service, window, _):
+        if key not in window.checkpoints:
+            raise ConfigurationError(f"window.yaml has no checkpoint {key!r}")
+        pinned = window.plan(dtype=None).members[list(window.checkpoints).index(key)]
+        source = service.scorer.tokenizer(pinned.uri)
+        model = CheckpointModel(input=Input(uri=pinned.uri))
+        (answer,) = service.scorer.score([model], source)
+        if answer.failed is not None:
+            raise CkptfuseError(answer.failed.reason)
+        _check_fingerprint(pinned, answer.fingerprint)
+        export_scores(service.scorer, pinned.fingerprint, source.digest, SCORES / f"{key}.npz")
+
+
+def decide() -> None:
+    """``decision.json``: the pinned weights, once fresh scores lead to the same ones."""
+    with _bench() as (service, window, pinned):
+        _import_all(service, window)
+        members = tuple(_checkpoint_record(member, window) for member in pinned.members)
+        source = service.scorer.tokenizer(members[-1].uri)
+        losses = [
+            pipeline.target_loss(
+                service, pipeline.losses_of(service, m.fingerprint, source.digest, "selection")
+            )
+            for m in members
+        ]
+        answer = pipeline.weigh(service, Window(members), losses, source)
+    for member, weight in zip(pinned.members, answer.weights, strict=True):
+        if abs(member.weight - weight) > WEIGHT_TOLERANCE:
+            raise CkptfuseError(
+                f"step {member.step}: the weight derived again is {weight:.4f}, pinned is "
+                f"{member.weight:.4f}; more than {WEIGHT_TOLERANCE} apart. Another corpus, another "
+                "rule, or numerics that differ from those of the service?"
+            )
+    write_decision(pinned, Path())
+
+
+def fuse() -> None:
+    """``model/``: the merge with the pinned weights."""
+    with _bench() as (service, _, pinned):
+        weights = json.loads(DECISION.read_text())["weights"]
+        spec = pipeline.spec_of(service, pinned.members, list(weights.values()))
+        opened = [_open_pinned(member) for member in pinned.members]
+        remove_folder(MODEL)
+        pipeline.make_fusion(spec, opened, MODEL)
+
+
+def evaluate_stage() -> None:
+    """``metrics.json`` and ``losses.csv``: the gate and the figures on report text."""
+    with _bench() as (service, window, pinned):
+        _import_all(service, window)
+        fusion = FusionRecord(
+            fusion=pinned.fusion, step=pinned.step, folder=str(MODEL.resolve()), size=0, files={}
+        )
+        source = service.scorer.tokenizer(fusion.folder)
+        on_files = pinned.model_copy(update={"tokenizer": source.digest})
+        pipeline.score_fusion(service, on_files, fusion)
+        verdict = pipeline.verdict_on(service, on_files, test=window.fusion.gate_test)
+        write_metrics(service, on_files, verdict, Path())
+
+
+def write_decision(decided: PlanRecord, folder: Path) -> None:
+    weights = {f"step{member.step}": member.weight for member in decided.members}
+    text = json.dumps({"fusion": decided.fusion, "weights": weights}, indent=2)
+    (folder / DECISION).unlink(missing_ok=True)  # it may be a read-only link into the cache
+    (folder / DECISION).write_text(text + "\n")
+
+
+def write_metrics(
+    service: Service, decided: PlanRecord, verdict: GateRecord, folder: Path
+) -> Evaluation:
+    figures = evaluate(service, decided)
+    comparisons = {
+        c.against: {"gain": c.gain, "standard_error": c.standard_error, "lower": c.lower_bound}
+        for c in verdict.comparisons
+    }
+    values: dict[str, object] = {**figures.metrics(), "gate": {"passed": verdict.verdict == "publish", **comparisons}}
+    (folder / METRICS).write_text(json.dumps(_rounded(values), indent=2) + "\n")
+    with (folder / LOSSES).open("w", newline="") as out:
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(["step", "model", "loss"])
+        for member in decided.members:
+            losses = pipeline.losses_of(service, member.fingerprint, decided.tokenizer, "report")
+            rows.writerow(
+                [member.step, "checkpoint", f"{pipeline.target_loss(service, losses):.6f}"]
+            )
+        rows.writerow([decided.step, "fusion", f"{figures.target('fusion').mean:.6f}"])
+    return figures
+
+
+def _rounded(value: object) -> object:
+    """Six decimals: beyond them losses depend on the machine."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value
+
+
+def _import_all(service: Service, window: WindowFile) -> None:
+    for key in window.checkpoints:
+        import_scores(service.records, SCORES / f"{key}.npz")
+
+
+def _open_pinned(member: Member) -> Checkpoint:
+    checkpoint = open_checkpoint(member.uri)
+    if member.weight:
+        _check_fingerprint(member, fingerprint_of(checkpoint))
+    return checkpoint
+
+
+def _check_fingerprint(member: Member, found: str | None) -> None:
+    if found != member.fingerprint:
+        raise ChangedCheckpoint(
+            f"{member.uri}: its bytes have fingerprint {str(found)[:16]}, pinned is "
+            f"{member.fingerprint[:16]}: it was written again since. `dvc pull` fetches the merged "
+            "weights as they were published"
+        )
+
+
+def _checkpoint_record(member: Member, window: WindowFile) -> CheckpointRecord:
+    opened = open_checkpoint(member.uri)
+    return CheckpointRecord(
+        name=member.name,
+        uri=member.uri,
+        step=member.step,
+        stage=opened.stage,
+        tokens=opened.tokens,
+        modified=opened.modified,
+        size=opened.size,
+        signature=opened.signature,
+        fingerprint=member.fingerprint,
+        architecture="",
+        tokenizer=window.fusion.tokenizer,
+        segment="",
+        generation=1,
+    )
+
+
+STAGES = {"decide": decide, "fuse": fuse, "evaluate": evaluate_stage}

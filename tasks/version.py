@@ -1,0 +1,23 @@
+"""Git and DVC: one commit and tag in the ledger per published fusion."""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ckptfuse.pipeline import Service
+from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
+from tasks.ledger import Ledger, LedgerEntry
+from tasks.log import log
+
+
+def ledger_of(service: Service) -> Ledger:
+    return Ledger(service.workspace.root / "ledger")
+
+
+@task(cache_policy=NO_CACHE, task_run_name="commit step {decided.step}")
+def commit_fusion(
+    service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
+) -> LedgerEntry:
+    """Pin the fusion's data and weights."""
+    entry = ledger_of(service).enter(service, decided, verdict, fusion)
+    log.info("step %d is in the ledger under the tag %s", decided.step, entry.tag)
+    return entry
