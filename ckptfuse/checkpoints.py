@@ -45,6 +45,12 @@ TOKENIZER_FILES = frozenset(
 )
 #: Small files that belong to the model and travel with a fusion.
 ANCILLARY_FILES = frozenset({CONFIG, "generation_config.json"}) | TOKENIZER_FILES
+#: Keys of config.json that may differ between checkpoints of one architecture.
+VOLATILE_CONFIG = frozenset("_name_or_path transformers_version use_cache torch_dtype dtype".split())
+
+#: A checkpoint's files: path -> (size, content hash).
+Contents = dict[str, tuple[int, str]]
+
 #: The file that the Hugging Face Trainer writes last.
 TRAINER_STATE = "trainer_state.json"
 
@@ -186,6 +192,11 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
     if INDEX in sizes:
         _check_index(store, layout)
     return layout
+
+
+def config_identity(config: Mapping[str, object]) -> dict[str, object]:
+    """config.json without what does not change the function that the weights compute."""
+    return {key: value for key, value in config.items() if key not in VOLATILE_CONFIG}
 
 
 def fingerprint(contents: Mapping[str, tuple[int, str]]) -> str:

@@ -29,7 +29,17 @@ from pathlib import Path
 
 import torch
 
-from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG, INDEX, Checkpoint, Layout, read_layout
+from ckptfuse.checkpoints import (
+    ANCILLARY_FILES,
+    CONFIG,
+    INDEX,
+    VOLATILE_CONFIG,
+    Checkpoint,
+    Contents,
+    Layout,
+    config_identity,
+    read_layout,
+)
 from ckptfuse.digests import TreeHasher, content_digest
 from ckptfuse.errors import ConfigurationError, MismatchedCheckpoints, NonFiniteValues
 from ckptfuse.formats.safetensors import Tensor, encode_header, tensor_bytes
@@ -44,10 +54,6 @@ READ_THREADS = 8
 _MERGED = {"F16", "BF16", "F32", "F64"}
 _COPIED = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _OUTPUT = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-#: Keys of config.json that may differ between checkpoints of one architecture.
-_VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"}
-
-Contents = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,18 +125,13 @@ def _check_same(layout: Layout, reference: Layout) -> None:
         keys = layout.config.keys() | reference.config.keys()
         differing = sorted(
             key
-            for key in keys - _VOLATILE_CONFIG
+            for key in keys - VOLATILE_CONFIG
             if layout.config.get(key) != reference.config.get(key)
         )
         raise MismatchedCheckpoints(
             f"config.json of {here} and {there} differ in {', '.join(differing)}; a merge across a "
             "change of the architecture or of the training setup is not a model"
         )
-
-
-def config_identity(config: Mapping[str, object]) -> dict[str, object]:
-    """config.json without what does not change the function that the weights compute."""
-    return {key: value for key, value in config.items() if key not in _VOLATILE_CONFIG}
 
 
 def merged_pieces(

@@ -7,14 +7,12 @@ from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import block_digest, load_tokenizer
-from ckptfuse.checkpoints import open_checkpoint, read_layout
+from ckptfuse.checkpoints import Contents, open_checkpoint, read_layout
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.fusion import FusionSpec, check_weights
-from ckptfuse.merge import Contents, open_inputs, write_fusion
 from ckptfuse.params import CorpusParams, Domain, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Input, Request, score_key
-from ckptfuse.reading import fingerprint_of
 from ckptfuse.records import DomainScore, Records, ScoreRecord
 from ckptfuse.scoring import numerics, run_job
 from ckptfuse.store import FolderStore, open_store
@@ -106,6 +104,9 @@ def merge_once(
 
     Configuration, tokenizer and sharding are the last checkpoint's.
     """
+    from ckptfuse.merge import open_inputs, write_fusion  # torch: scoring leaves it to the job
+    from ckptfuse.reading import fingerprint_of
+
     opened = [open_checkpoint(uri) for uri in checkpoints]
     chosen = check_weights(weights)
     used = [checkpoint for checkpoint, weight in zip(opened, chosen, strict=True) if weight]

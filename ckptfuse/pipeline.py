@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Literal
 
 from ckptfuse import checkpoints, gate
-from ckptfuse.checkpoints import Checkpoint, Conventions, Listing, open_checkpoint, read_layout
+from ckptfuse.checkpoints import (
+    Checkpoint,
+    Contents,
+    Conventions,
+    Listing,
+    config_identity,
+    open_checkpoint,
+    read_layout,
+)
 from ckptfuse.corpus import Split
 from ckptfuse.deciding import Evaluator, decide
 from ckptfuse.errors import CkptfuseError, JobError, NonFiniteValues, RecordError
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.losses import Losses
-from ckptfuse.merge import Contents, config_identity, open_inputs, write_fusion
 from ckptfuse.params import Params
 from ckptfuse.plan import Actions, Fuse, Quarantine, Skip, State, plan
 from ckptfuse.protocol import CheckpointModel, Event, Failed, Input, MergeModel
@@ -331,6 +338,8 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
 
 def make_fusion(spec: FusionSpec, members: Sequence[Checkpoint], folder: Path) -> Contents:
     """Merge into a local folder. ``members`` are all of ``spec``'s, the ancillary one last."""
+    from ckptfuse.merge import open_inputs, write_fusion  # torch, which most steps do without
+
     used = [c for c, weight in zip(members, spec.weights, strict=True) if weight]
     inputs = open_inputs(used, members[-1], spec.dtype)
     return write_fusion(inputs, spec.narrowed(), FolderStore(folder))

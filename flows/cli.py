@@ -260,15 +260,13 @@ def _pair(text: str, what: str, form: str) -> tuple[str, str]:
 
 
 @app.command()
-def demo(
-    workspace: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("workspace"),
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 900,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 75,
-) -> None:
-    """Pretrain a small model on this machine's text while the service watches it."""
+def demo() -> None:
+    """Pretrain a small model on this machine's text while the service watches it (./workspace)."""
     from flows.demo.run import run_demo
+    from flows.environment import prepare
 
-    run_demo(workspace, steps=steps, save_every=save_every)
+    prepare(Path("workspace"))
+    run_demo()
 
 
 stage = typer.Typer(hidden=True, no_args_is_help=True, help="The stages of dvc.yaml.")

@@ -1,0 +1,95 @@
+"""The report's figures, as SVG text: losses over training, weights, gains by domain."""
+
+import io
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ckptfuse.losses import Estimate
+from ckptfuse.overview import Overview, Row
+
+RAW, BEST, FUSED = "#8a8f98", "#3b6ea8", "#c2452d"
+
+
+def losses(seen: Overview) -> str:
+    """Raw, best single and merged loss by training step; published fusions are filled."""
+    figure, axes = _axes(height=3.4)
+    axes.plot(*_points(seen.rows, "loss"), color=RAW, marker="o", ms=3, label="raw checkpoint")
+    axes.plot(*_points(seen.rows, "best_single"), color=BEST, lw=1, ls="--", label="best single")
+    axes.plot(*_points(seen.rows, "fused"), color=FUSED, lw=1.6, label="merged")
+    for row in seen.rows:
+        if row.fused is not None:
+            published = row.verdict in ("published", "champion")
+            axes.plot(row.step, row.fused, "o", ms=5, color=FUSED, mfc=FUSED if published else "w")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def weights(seen: Overview) -> str:
+    """For each fusion, the weight of every checkpoint it drew from."""
+    planned = [row for row in seen.rows if row.plan is not None]
+    figure, axes = _axes(height=max(1.6, 0.28 * len(planned) + 0.9))
+    sources = sorted({m.step for row in planned for m in (row.plan.members if row.plan else [])})
+    grid = [
+        [{m.step: m.weight for m in row.plan.members}.get(step, 0.0) for step in sources]
+        for row in planned
+        if row.plan is not None
+    ]
+    image = axes.imshow(grid, cmap="OrRd", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(sources)), [str(step) for step in sources], rotation=45)
+    axes.set_yticks(range(len(planned)), [str(row.step) for row in planned])
+    axes.set_xlabel("checkpoint (step)")
+    axes.set_ylabel("fusion at step")
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="weight")
+    return _svg(figure)
+
+
+def domain_gains(gains: dict[str, Estimate]) -> str:
+    """Gain over the newest checkpoint by domain, with 95 % intervals."""
+    figure, axes = _axes(height=0.4 * len(gains) + 0.9)
+    names = list(gains)
+    means = [gains[name].mean for name in names]
+    errors = [1.96 * gains[name].standard_error for name in names]
+    axes.barh(names, means, xerr=errors, color=FUSED, ecolor="#444", height=0.5)
+    axes.axvline(0, color="#444", lw=0.8)
+    axes.set_xlabel("nats per token better than the newest checkpoint")
+    return _svg(figure)
+
+
+def noise_energy(seen: Overview) -> str:
+    """The loss that one checkpoint's noise costs, by training step."""
+    rows = [row for row in seen.rows if row.plan and "noise_energy" in row.plan.notes]
+    figure, axes = _axes(height=2.2)
+    energies = [row.plan.notes["noise_energy"] for row in rows if row.plan]
+    axes.plot([row.step for row in rows], energies, color=BEST, marker="o", ms=3)
+    axes.axhline(0, color="#444", lw=0.8)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("noise energy (nats)")
+    return _svg(figure)
+
+
+def _points(rows: Sequence[Row], field: str) -> tuple[list[int], list[float]]:
+    known = [(row.step, getattr(row, field)) for row in rows if getattr(row, field) is not None]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def _axes(*, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.6, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", lw=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ckptfuse"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

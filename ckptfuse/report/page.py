@@ -1,0 +1,54 @@
+"""The report page: one HTML file without outside parts, written from the records."""
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markupsafe import Markup
+
+from ckptfuse.evaluation import evaluate
+from ckptfuse.overview import Overview, overview, steps_saved
+from ckptfuse.pipeline import Service
+from ckptfuse.report import figures
+
+
+def write_report(service: Service) -> Path:
+    """Write ``report/index.html`` in the workspace; returns its path."""
+    folder = service.workspace.folder("report")
+    path = folder / "index.html"
+    path.write_text(render(service))
+    return path
+
+
+def render(service: Service) -> str:
+    """The page's HTML."""
+    seen = overview(service)
+    environment = Environment(
+        loader=PackageLoader("ckptfuse.report", "templates"), autoescape=select_autoescape()
+    )
+    return environment.get_template("page.html.j2").render(
+        trajectory=service.params.trajectory,
+        rule=service.params.rule.name,
+        seen=seen,
+        saved={row.step: steps_saved(seen.rows, row) for row in seen.rows},
+        drawings=_drawings(service, seen),
+    )
+
+
+def _drawings(service: Service, seen: Overview) -> list[tuple[str, Markup]]:
+    """Titled figures, those that there is something to draw for."""
+    drawn = [("Loss on report text", figures.losses(seen))]
+    plans = [row.plan for row in seen.rows if row.plan is not None]
+    if plans:
+        drawn.append(("Weights", figures.weights(seen)))
+    if any("noise_energy" in plan.notes for plan in plans):
+        drawn.append(("Noise energy: what averaging can win", figures.noise_energy(seen)))
+    champion = next((plan for plan in plans if _is_champion(plan.fusion, seen)), None)
+    if champion is not None:
+        gains = evaluate(service, champion).domain_gains("newest")
+        title = f"Champion of step {champion.step} by domain"
+        drawn.append((title, figures.domain_gains(gains)))
+    return [(title, Markup(svg)) for title, svg in drawn]  # noqa: S704 - our own SVG
+
+
+def _is_champion(fusion: str, seen: Overview) -> bool:
+    return seen.champion is not None and seen.champion.fusion == fusion

@@ -1,0 +1,302 @@
+"""The demo: the main job in small. A real pretraining, watched, fused, judged and registered live.
+
+    trainer (a process)  --checkpoint-N-->  bucket  <--looks--  ckptfuse watch (a process)
+                                                                    |
+    this program: a table of what the records say, then the result  <-- records
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from ckptfuse.errors import CkptfuseError, ConfigurationError
+from ckptfuse.losses import Losses, combine
+from ckptfuse.overview import Overview, overview, steps_saved
+from ckptfuse.params import PARAMS_FILE, Params, load_params
+from ckptfuse.pipeline import Service, discover, losses_of, next_actions, open_service, target_loss
+from ckptfuse.records import CheckpointRecord
+from ckptfuse.report.page import write_report
+from ckptfuse.store import is_s3, remove_folder
+from flows.demo.texts import gather, write_jsonl
+from flows.demo.trainer import Pretraining, train_tokenizer
+from flows.show import table
+from tasks.ledger import template
+
+_MARKER = "demo.json"
+#: How often the service looks and the table is drawn anew, in seconds.
+_INTERVAL = 1.0
+_IN_DISTRIBUTION = "python"
+
+console = Console(highlight=False, soft_wrap=True)
+progress = Console(stderr=True, highlight=False)
+
+
+def run_demo(run: Pretraining | None = None) -> None:
+    """Pretrain in the present folder's workspace while the service watches, and show what came out.
+
+    Raises CkptfuseError when no fusion beat the best single checkpoint: then something is broken.
+    """
+    started = time.monotonic()
+    params = _prepare()
+    service = open_service(params)
+    root = service.workspace.root
+    run = replace(run or Pretraining.beneath(root), bucket=Path(str(params.bucket)))
+    _lay_texts(params, run)
+    progress.print(
+        f"A Llama is pretrained for {run.steps} steps in one process; the service watches its "
+        f"checkpoints in another. Logs: {root}/demo"
+    )
+    with _process(_trainer(run), root / "demo" / "trainer.log") as trainer:
+        watch = [sys.executable, "-m", "flows.cli", "watch"]
+        fast = {"CKPTFUSE_WATCH__INTERVAL_SECONDS": str(_INTERVAL)}
+        with _process(watch, root / "demo" / "service.log", fast) as watcher:
+            _show_live(service, trainer, watcher)
+    _print_result(service, minutes=(time.monotonic() - started) / 60)
+
+
+# -- before ------------------------------------------------------------------------------------
+
+
+def _prepare() -> Params:
+    """The parameters, and a workspace without the traces of an earlier demo."""
+    file = Path(PARAMS_FILE)
+    if not file.exists():
+        shutil.copyfile(template(PARAMS_FILE), file)
+        progress.print(f"{file} is written: the demo's parameters, and a start for your own")
+    params = load_params(file)
+    root, bucket = Path(params.workspace), params.bucket or ""
+    if is_s3(bucket) or not Path(bucket).is_relative_to(root):
+        raise ConfigurationError(
+            f"{file}: the demo trains into a bucket inside the workspace ({root}), and `bucket` is "
+            f"{bucket or 'not set'}; run it in another folder, where it writes parameters of its own"
+        )
+    if root.exists() and any(root.iterdir()):
+        if not (root / _MARKER).is_file():
+            raise ConfigurationError(
+                f"{root} is not empty and was not made by a demo; move it away, or run the demo in "
+                "another folder"
+            )
+        progress.print(f"The earlier demo in {root} is replaced.")
+        remove_folder(root)
+    (root / "demo").mkdir(parents=True)
+    (root / _MARKER).write_text(json.dumps({"made_by": "ckptfuse demo"}))
+    return params
+
+
+def _lay_texts(params: Params, run: Pretraining) -> None:
+    """Text of this machine: for training, and for each domain of the corpus."""
+    texts = gather()
+    write_jsonl(run.texts, texts.train)
+    train_tokenizer(texts.train, run.tokenizer)
+    for name, domain in params.corpus.domains.items():
+        if name not in texts.domains:
+            raise ConfigurationError(
+                f"this machine has no text for the domain {name!r}; found: "
+                f"{', '.join(texts.domains)}. Remove it from corpus.domains"
+            )
+        write_jsonl(Path(domain.path), texts.domains[name])
+
+
+def _trainer(run: Pretraining) -> list[str]:
+    return [sys.executable, "-m", "flows.demo.trainer", *run.arguments()]
+
+
+@contextmanager
+def _process(
+    command: list[str], log: Path, extra: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with its output in a file; it ends with the context."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **(extra or {})}
+        )
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+# -- meanwhile ---------------------------------------------------------------------------------
+
+
+def _show_live(
+    service: Service, trainer: subprocess.Popen[bytes], watcher: subprocess.Popen[bytes]
+) -> None:
+    """Draw the table until the trainer has ended and the service has nothing left to do."""
+    with Live(console=progress, auto_refresh=False) as live:
+        while True:
+            seen = overview(service)
+            live.update(table(seen), refresh=True)
+            _check_alive("trainer", trainer, service, may_end=True)
+            _check_alive("service", watcher, service, may_end=False)
+            if trainer.poll() is not None and seen.rows and _is_idle(service):
+                live.update(table(overview(service)), refresh=True)
+                return
+            time.sleep(_INTERVAL)
+
+
+def _check_alive(
+    name: str, process: subprocess.Popen[bytes], service: Service, *, may_end: bool
+) -> None:
+    status = process.poll()
+    if status is None or (may_end and status == 0):
+        return
+    log = service.workspace.root / "demo" / f"{name}.log"
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise CkptfuseError(f"the demo's {name} ended with status {status}; from {log}:\n{tail}")
+
+
+def _is_idle(service: Service) -> bool:
+    actions = next_actions(service, discover(service), frozenset(), live=True)
+    return not actions
+
+
+# -- after -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Losses on report text of the models that are compared."""
+
+    newest: tuple[int, Losses]
+    best: tuple[int, Losses]
+    champion: tuple[int, Losses]
+
+
+def _print_result(service: Service, *, minutes: float) -> None:
+    seen = overview(service)
+    if seen.champion is None:
+        raise CkptfuseError(
+            "no fusion passed the gate. A constant learning rate leaves noise that averaging "
+            f"removes, so this is a fault; see {service.workspace.root}/demo/service.log"
+        )
+    result = _result(service, seen)
+    write_report(service)
+    console.print()
+    console.print(_perplexities(service, result))
+    _print_gains(service, result)
+    _print_saved(seen)
+    _print_commands(service, seen)
+    console.print(f"\n[dim]{minutes:.1f} minutes[/dim]")
+
+
+def _result(service: Service, seen: Overview) -> _Result:
+    known = list(service.records.all(CheckpointRecord).values())
+    newest = max(known, key=lambda c: c.step)
+    best = min(
+        known,
+        key=lambda c: target_loss(
+            service, losses_of(service, c.fingerprint, c.tokenizer, "selection")
+        ),
+    )
+    assert seen.champion is not None
+    champion = losses_of(service, seen.champion.fusion, newest.tokenizer, "report")
+    return _Result(
+        newest=(newest.step, losses_of(service, newest.fingerprint, newest.tokenizer, "report")),
+        best=(best.step, losses_of(service, best.fingerprint, best.tokenizer, "report")),
+        champion=(seen.champion.step, champion),
+    )
+
+
+def _perplexities(service: Service, result: _Result) -> Table:
+    drawn = Table(
+        title="Perplexity on report text, which chose nothing and judged nothing (+- std. error)",
+        title_justify="left",
+        title_style="bold",
+    )
+    drawn.add_column("domain")
+    for name, (step, _) in (
+        ("newest", result.newest),
+        ("best single", result.best),
+        ("champion", result.champion),
+    ):
+        drawn.add_column(f"{name}\nstep {step}", justify="right", no_wrap=True)
+    for domain in result.champion[1].domains:
+        kind = "in distribution" if domain == _IN_DISTRIBUTION else "out of distribution"
+        cells = []
+        for _, losses in (result.newest, result.best, result.champion):
+            estimate = losses.of(domain)
+            perplexity = math.exp(estimate.mean)
+            cells.append(f"{perplexity:.2f} +- {perplexity * estimate.standard_error:.2f}")
+        drawn.add_row(f"{domain} ({kind})", *cells)
+    return drawn
+
+
+def _print_gains(service: Service, result: _Result) -> None:
+    weights = service.scorer.target_weights
+    champion = result.champion[1]
+    for name, (step, losses) in (("newest", result.newest), ("best single", result.best)):
+        differences = losses.minus(champion)
+        gain = combine(differences, weights)
+        by_domain = ", ".join(f"{d} {e.mean:+.4f}" for d, e in differences.items())
+        console.print(
+            f"Gain over the {name} checkpoint (step {step}): [bold]{gain.mean:+.4f}[/bold] "
+            f"+- {gain.standard_error:.4f} nats per token, paired ({by_domain})"
+        )
+
+
+def _print_saved(seen: Overview) -> None:
+    """At how many further steps the raw run reached a fusion's loss."""
+    published = [row for row in seen.rows if row.verdict in ("published", "champion")]
+    reached = {row.step: saved for row in published if (saved := steps_saved(seen.rows, row))}
+    last = seen.rows[-1].step
+    if reached:
+        examples = ", ".join(f"{step}: {saved}" for step, saved in reached.items())
+        console.print(
+            f"Training steps saved: {median(reached.values()):.0f} in the median over the fusions "
+            f"whose loss the raw run reached by step {last} (fusion at step: further steps; "
+            f"{examples})"
+        )
+    open_ended = [row.step for row in published if row.step not in reached]
+    if open_ended:
+        steps = ", ".join(str(step) for step in open_ended)
+        console.print(
+            f"The raw run had not reached the loss of the fusion at step {steps} when it ended "
+            f"at step {last}: there the saving is more than the run shows."
+        )
+
+
+def _print_commands(service: Service, seen: Overview) -> None:
+    assert seen.champion is not None
+    root = service.workspace.root
+    name = service.params.model_name
+    entry = next(p for p in seen.publications if p.fusion == seen.champion.fusion)
+    binaries = Path(sys.executable).parent
+    uri = f"sqlite:///{root}/mlflow.db"
+    load = (
+        f"import mlflow; mlflow.set_tracking_uri('{uri}'); "
+        f"print(mlflow.transformers.load_model('models:/{name}@champion')"
+        "('def main(', max_new_tokens=20))"
+    )
+    lines = {
+        "Open the MLflow page": f"{binaries}/mlflow ui --backend-store-uri {uri}",
+        "Load the champion": f'{binaries}/python -c "{load}"',
+        "Open the report": f"{binaries}/python -m webbrowser file://{root}/report/index.html",
+        "Make the same bytes again": (
+            f"git clone -q {root}/ledger {root}/again && cd {root}/again && "
+            f"git checkout -q {entry.tag} && export PATH={binaries}:$PATH && "
+            f"dvc cache dir --local {root}/ledger/.dvc/cache && dvc checkout -q corpus.dvc && "
+            "dvc repro --force && dvc status"
+        ),
+        "See that nothing is left to do": f"{binaries}/ckptfuse watch --once",
+    }
+    for title, command in lines.items():
+        console.print(f"\n[bold]{title}[/bold]\n  {command}")

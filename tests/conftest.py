@@ -1,0 +1,202 @@
+"""What the tests of the whole service share: a real small trajectory and a real Prefect server."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.environment import prepare
+
+BINARIES = Path(sys.executable).parent
+DOMAINS = ("python", "prose", "c")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settings that must stand before Prefect is imported, for us and for what we start."""
+    prepare(Path(config.rootpath, ".pytest_cache", "prefect"))
+    os.environ["PATH"] = f"{BINARIES}{os.pathsep}{os.environ['PATH']}"
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Prefect server for the session; sets PREFECT_API_URL for every process under us."""
+    home = tmp_path_factory.mktemp("prefect")
+    port = free_port()
+    environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"}
+    server = subprocess.Popen(
+        [BINARIES / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        _wait_for(f"{url}/health", server)
+        os.environ["PREFECT_API_URL"] = url
+        os.environ["PREFECT_HOME"] = str(home)
+        yield url
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the Prefect server ended at once"
+        try:
+            urllib.request.urlopen(url, timeout=2)  # noqa: S310 - our own server
+            return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"no answer from {url}")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A pretraining that has ended: its bucket, and corpus files by domain."""
+
+    bucket: Path
+    corpus: dict[str, Path]
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name.partition("-")[2]) for path in self.bucket.iterdir())
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with this machine's text: train.jsonl, tokenizer/ and a file per domain."""
+    from flows.demo.texts import gather, write_jsonl
+    from flows.demo.trainer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("texts")
+    gathered = gather()
+    write_jsonl(folder / "train.jsonl", gathered.train)
+    for name in DOMAINS:
+        write_jsonl(folder / f"{name}.jsonl", gathered.domains[name])
+    train_tokenizer(gathered.train, folder / "tokenizer", vocab_size=1024)
+    return folder
+
+
+def pretrain(texts: Path, bucket: Path, *arguments: str) -> Trajectory:
+    """Run the demo's trainer to its end, small enough for a test."""
+    command = [
+        sys.executable, "-m", "flows.demo.trainer", "--bucket", str(bucket),
+        "--texts", str(texts / "train.jsonl"), "--tokenizer", str(texts / "tokenizer"),
+        "--hidden", "64", "--layers", "2", *arguments,
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return Trajectory(bucket, {name: texts / f"{name}.jsonl" for name in DOMAINS})
+
+
+@pytest.fixture(scope="session")
+def trajectory(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
+    """Six checkpoints under a constant learning rate."""
+    bucket = tmp_path_factory.mktemp("trajectory") / "bucket"
+    return pretrain(texts, bucket, "--steps", "240", "--save-every", "40", "--warmup", "20")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with a params.yaml, as a user has it."""
+
+    folder: Path
+    trajectory: Trajectory
+
+    @property
+    def bucket(self) -> Path:
+        return self.folder / "bucket"
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "workspace"
+
+    @property
+    def params_file(self) -> str:
+        return str(self.folder / "params.yaml")
+
+    def land(self, *steps: int) -> None:
+        """Let these checkpoints of the trajectory appear in the bucket."""
+        for step in steps:
+            source = self.trajectory.bucket / f"checkpoint-{step}"
+            shutil.copytree(source, self.bucket / source.name, copy_function=shutil.copy2)
+
+    def cli(self, *arguments: str, status: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line in the folder; its exit status must be ``status``."""
+        done = subprocess.run(
+            [BINARIES / "ckptfuse", *arguments],
+            cwd=self.folder,
+            env={**os.environ, **extra},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    def records(self, kind: str) -> dict[str, dict[str, object]]:
+        folder = self.workspace / "records" / kind
+        return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+    def git(self, *arguments: str) -> str:
+        command = ["git", "-C", str(self.workspace / "ledger"), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def versions(self) -> list[tuple[str, str]]:
+        """Version and fusion of everything registered."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=self.mlflow_uri, registry_uri=self.mlflow_uri)
+        found = client.search_model_versions("name = 'trial'")
+        return sorted((str(v.version), v.tags["ckptfuse.fusion"]) for v in found)
+
+    def aliases(self) -> dict[str, str]:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=self.mlflow_uri, registry_uri=self.mlflow_uri)
+        return {k: str(v) for k, v in client.get_registered_model("trial").aliases.items()}
+
+    @property
+    def mlflow_uri(self) -> str:
+        return f"sqlite:///{self.workspace}/mlflow.db"
+
+
+def make_project(folder: Path, trajectory: Trajectory, **overrides: object) -> Project:
+    """A project with small budgets; ``overrides`` replace top-level sections of params.yaml."""
+    values: dict[str, object] = {
+        "trajectory": "trial",
+        "corpus": {
+            "domains": {name: {"path": str(path)} for name, path in trajectory.corpus.items()},
+            "tokens": {"selection": 6_000, "audit": 16_000, "report": 6_000},
+            "tokens_per_document": 1_024,
+        },
+        "scoring": {"block_length": 128, "threads": 1},
+        "bucket": "bucket",
+        **overrides,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bucket").mkdir(exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    return Project(folder, trajectory)
+
+
+@pytest.fixture
+def project(tmp_path: Path, trajectory: Trajectory) -> Project:
+    return make_project(tmp_path / "project", trajectory)

@@ -1,0 +1,100 @@
+"""Small things that the unit tests build: checkpoints on disk, records, losses."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ckptfuse.checkpoints import Checkpoint, open_checkpoint
+from ckptfuse.losses import Losses
+from ckptfuse.records import CheckpointRecord, Member
+
+CONFIG = {"model_type": "toy", "hidden_size": 4}
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    config: Mapping[str, object] = CONFIG,
+    shards: int = 1,
+    age: float = 3600,
+) -> Checkpoint:
+    """Save tensors as a checkpoint folder that was last written ``age`` seconds ago."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors")
+    else:
+        _write_shards(folder, tensors, shards)
+    make_older(folder, age)
+    return open_checkpoint(str(folder))
+
+
+def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
+    weight_map = {}
+    for number in range(shards):
+        names = sorted(tensors)[number::shards]
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_older(folder: Path, seconds: float) -> None:
+    """Set the time of every file in a folder to ``seconds`` ago."""
+    then = time.time() - seconds
+    for path in folder.iterdir():
+        os.utime(path, (then, then))
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes, which tell -0.0 from 0.0."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def losses_on(
+    nll: np.ndarray,
+    *,
+    tokens: int | np.ndarray = 10,
+    documents: np.ndarray | None = None,
+    domain: np.ndarray | None = None,
+    domains: tuple[str, ...] = ("text",),
+    blocks: str = "blocks",
+) -> Losses:
+    """Losses of a made-up model: by default one document a block, all of one domain."""
+    count = len(nll)
+    return Losses(
+        blocks,
+        domains,
+        nll=np.asarray(nll, dtype=np.float64),
+        tokens=np.broadcast_to(np.asarray(tokens, dtype=np.int64), (count,)),
+        bytes=np.full(count, 40, dtype=np.int64),
+        domain=np.zeros(count, np.int32) if domain is None else domain.astype(np.int32),
+        document=np.arange(count, dtype=np.int32) if documents is None else documents,
+    )
+
+
+def member(step: int, loss: float, weight: float = 0.5) -> Member:
+    return Member(
+        name=f"step{step}", uri=f"/bucket/step{step}", step=step, signature=f"signature-{step}",
+        fingerprint=f"fingerprint-{step}", weight=weight, loss=loss,
+    )  # fmt: skip
+
+
+def checkpoint_record(step: int, **changes: object) -> CheckpointRecord:
+    """The record of a healthy checkpoint, signature ``s<step>`` unless told otherwise."""
+    values: dict[str, object] = {
+        "name": f"step{step}", "uri": f"/bucket/step{step}", "step": step, "stage": None,
+        "tokens": None, "modified": float(step), "size": 100, "signature": f"s{step}",
+        "fingerprint": f"f{step}", "architecture": "usual", "tokenizer": "t", "segment": "one",
+        "generation": 1,
+    }  # fmt: skip
+    return CheckpointRecord.model_validate({**values, **changes})

@@ -1,0 +1,145 @@
+"""The whole loop on a real trajectory: watch, fuse, gate, ledger, registry, and doing it again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.watch import watch
+from tests.conftest import Project, Trajectory, make_project
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    prefect_server: str, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
+) -> Project:
+    """Four checkpoints land and are fused, then two more."""
+    project = make_project(tmp_path_factory.mktemp("loop"), trajectory)
+    project.land(40, 80, 120, 160)
+    first = watch(project.params_file)
+    assert (first.scored, first.published) == (4, 1), first
+    project.land(200, 240)
+    second = watch(project.params_file)
+    assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
+    return project
+
+
+def test_each_published_fusion_has_one_tag_one_version_and_the_champion_alias(
+    finished: Project,
+) -> None:
+    published = finished.records("publication").values()
+    fusions = {str(record["version"]): record["fusion"] for record in published}
+    assert dict(finished.versions()) == fusions
+    assert sorted(finished.git("tag").split()) == sorted(str(record["tag"]) for record in published)
+    assert finished.git("rev-list", "--count", "main") == "3"  # the empty ledger and two fusions
+    newest = max(published, key=lambda record: int(str(record["step"])))
+    assert finished.aliases() == {"candidate": newest["version"], "champion": newest["version"]}
+
+
+def test_the_fusion_beats_every_single_checkpoint_on_text_that_chose_nothing(
+    finished: Project,
+) -> None:
+    from ckptfuse.overview import overview
+    from ckptfuse.params import load_params
+    from ckptfuse.pipeline import open_service
+
+    seen = overview(open_service(load_params(Path(finished.params_file))), "report")
+    fused = {row.step: row.fused for row in seen.rows}[240]
+    assert fused is not None
+    assert fused < min(row.loss for row in seen.rows if row.loss is not None)
+
+
+def test_watching_again_does_nothing_and_says_so(finished: Project) -> None:
+    before = sorted(finished.workspace.joinpath("records").rglob("*.json"))
+    done = finished.cli("watch", "--once")
+    assert "Nothing to do: 6 checkpoints" in done.stdout
+    assert sorted(finished.workspace.joinpath("records").rglob("*.json")) == before
+    assert len(finished.versions()) == 2
+
+
+def test_the_ledger_is_clean_and_a_forced_repro_makes_the_same_weights(
+    finished: Project, tmp_path: Path
+) -> None:
+    ledger = finished.workspace / "ledger"
+    tag = finished.git("tag").split()[0]
+    clone = tmp_path / "again"
+    published = {r["tag"]: r for r in finished.records("publication").values()}[tag]
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    subprocess.run(["git", "clone", "-q", ledger, clone], check=True)
+    run("git", "checkout", "-q", tag)
+    run("dvc", "cache", "dir", "--local", str(ledger / ".dvc" / "cache"))
+    run("dvc", "checkout", "-q", "corpus.dvc")
+    run("dvc", "repro", "--quiet", "--force")
+    assert "up to date" in run("dvc", "status")
+    hashes = [line.strip() for line in (clone / "dvc.lock").read_text().splitlines()]
+    assert f"md5: {published['weights_hash']}" in hashes
+    metrics = json.loads((clone / "metrics.json").read_text())
+    pinned = json.loads(finished.git("show", f"{tag}:metrics.json"))
+    assert metrics["gain"]["newest"]["loss"] == pytest.approx(
+        pinned["gain"]["newest"]["loss"], abs=1e-4
+    )
+
+
+def test_the_champion_loads_from_the_registry_in_a_fresh_process(finished: Project) -> None:
+    program = (
+        "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]);"
+        "pipe = mlflow.transformers.load_model('models:/trial@champion');"
+        "print('GENERATED', pipe('import os', max_new_tokens=4)[0]['generated_text']);"
+        "served = mlflow.pyfunc.load_model('models:/trial@champion');"
+        "print('SERVED', served.predict(['def f('])[0])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, finished.mlflow_uri],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "GENERATED import os" in done.stdout
+    assert "SERVED def f(" in done.stdout
+
+
+def test_the_curves_in_mlflow_are_drawn_by_training_step(finished: Project) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=finished.mlflow_uri)
+    experiment = client.get_experiment_by_name("trial")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`ckptfuse.role` = 'curves'")
+    raw = client.get_metric_history(run.info.run_id, "loss.raw")
+    assert sorted(metric.step for metric in raw) == [40, 80, 120, 160, 200, 240]
+    fused = client.get_metric_history(run.info.run_id, "loss.fusion")
+    assert sorted(metric.step for metric in fused) == [160, 240]
+
+
+def test_status_and_report_show_what_the_records_say(finished: Project) -> None:
+    shown = finished.cli("status").stdout
+    assert "champion" in shown
+    assert "skipped" in shown
+    page = Path(finished.cli("report").stdout.strip()).read_text()
+    assert "superseded by step 240" in page
+    assert page.count("<svg") == 4
+
+
+def test_fuse_of_a_decided_window_repeats_its_verdict(finished: Project) -> None:
+    done = finished.cli("fuse", "--step", "240")
+    assert done.stdout.startswith("step 240: publish")
+    assert len(finished.versions()) == 2
+
+
+def test_a_second_watcher_beside_the_first_leaves_the_work_to_it(finished: Project) -> None:
+    from ckptfuse.workspace import Workspace
+
+    with Workspace(finished.workspace).lock() as mine:
+        assert mine
+        done = finished.cli("watch", "--once")
+    assert "Another process is at work" in done.stdout
