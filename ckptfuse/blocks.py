@@ -99,10 +99,10 @@ def load_tokenizer(store: Store) -> Tokenizer:
     digest_ = tokenizer_files_digest(store)
     if digest_ is None:
         raise CorpusError(
-            f"{store.uri}: no tokenizer files; set corpus.tokenizer in params.yaml (or --tokenizer) "
+            f"{store.uri}: no tokenizer; set corpus.tokenizer in params.yaml (or --tokenizer) "
             "to a folder that has them"
         )
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # "sequence longer than ...": we cut it ourselves
+    transformers_logging.set_verbosity_error()  # "sequence longer than ...": we cut it ourselves
     with tempfile.TemporaryDirectory() as folder:
         for entry in store.list(""):
             if entry.path in TOKENIZER_FILES or entry.path == "config.json":

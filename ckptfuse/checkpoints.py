@@ -46,7 +46,9 @@ TOKENIZER_FILES = frozenset(
 #: Small files that belong to the model and travel with a fusion.
 ANCILLARY_FILES = frozenset({CONFIG, "generation_config.json"}) | TOKENIZER_FILES
 #: Keys of config.json that may differ between checkpoints of one architecture.
-VOLATILE_CONFIG = frozenset("_name_or_path transformers_version use_cache torch_dtype dtype".split())
+VOLATILE_CONFIG = frozenset(
+    ["_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"]
+)
 
 #: A checkpoint's files: path -> (size, content hash).
 Contents = dict[str, tuple[int, str]]
@@ -270,8 +272,8 @@ def _check_settled(entries: list[Entry], conventions: Conventions, *, local: boo
     quiet = time.time() - newest
     if quiet < conventions.settle_seconds:
         raise IncompleteCheckpoint(
-            f"last written {max(quiet, 0):.0f} s ago; counts after {conventions.settle_seconds:g} s "
-            "of quiet (watch.settle_seconds)"
+            f"last written {max(quiet, 0):.0f} s ago; counts after {conventions.settle_seconds:g} "
+            "s of quiet (watch.settle_seconds)"
         )
 
 

@@ -50,7 +50,7 @@ class CorpusError(ConfigurationError):
 
 
 class RuleError(ConfigurationError):
-    """A weight rule that is unknown, misconfigured, or answered with something not on the simplex."""
+    """A weight rule that is unknown, misconfigured, or whose answer is not on the simplex."""
 
 
 class RecordError(CkptfuseError):

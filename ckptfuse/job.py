@@ -9,6 +9,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,6 +45,8 @@ from ckptfuse.reading import Loaded, load
 from ckptfuse.records import Arrays, DomainScore, Records, ScoreRecord
 from ckptfuse.store import open_store
 
+_Weights = tuple[Mapping[str, object], Mapping[str, torch.Tensor]]  # configuration, state dict
+
 
 def run(request: Request) -> None:
     """Score every model of the request, in order."""
@@ -74,10 +78,11 @@ def _score_model(index: int, model: Model, request: Request, records: Records) -
     if isinstance(model, CheckpointModel):
         loaded = _load(model.input)
         model_id, where = loaded.fingerprint, model.input.uri
-        config, state_dict = loaded.layout.config, loaded.state_dict
+        read = partial(_read, loaded)
         _emit(Read(model=index, fingerprint=model_id, architecture=loaded.layout.architecture))
     else:
         model_id, where = model.fusion, f"fusion {model.fusion[:16]}"
+        read = partial(_merge, model)
     todo = [
         item
         for item in request.blocks
@@ -85,13 +90,7 @@ def _score_model(index: int, model: Model, request: Request, records: Records) -
     ]
     predicted = 0
     if todo:
-        if isinstance(model, MergeModel):
-            used = [(i, w) for i, w in zip(model.inputs, model.weights, strict=True) if w]
-            checkpoints = [open_checkpoint(item.uri, item.signature) for item, _ in used]
-            ancillary = open_checkpoint(model.ancillary.uri, model.ancillary.signature)
-            inputs = open_inputs(checkpoints, ancillary, model.dtype)
-            config = inputs.ancillary.config
-            state_dict = merge_to_memory(inputs, [weight for _, weight in used])
+        config, state_dict = read()
         network = build_model(
             config,
             state_dict,
@@ -114,6 +113,18 @@ def _load(source: Input) -> Loaded:
             f"{source.fingerprint[:16]} was pinned; it was written again since"
         )
     return loaded
+
+
+def _read(loaded: Loaded) -> _Weights:
+    return loaded.layout.config, loaded.state_dict
+
+
+def _merge(model: MergeModel) -> _Weights:
+    used = [(i, w) for i, w in zip(model.inputs, model.weights, strict=True) if w]
+    checkpoints = [open_checkpoint(item.uri, item.signature) for item, _ in used]
+    ancillary = open_checkpoint(model.ancillary.uri, model.ancillary.signature)
+    inputs = open_inputs(checkpoints, ancillary, model.dtype)
+    return inputs.ancillary.config, merge_to_memory(inputs, [weight for _, weight in used])
 
 
 def _score_blocks(

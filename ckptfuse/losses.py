@@ -95,7 +95,7 @@ def _ratio(
 
 
 def combine(estimates: Mapping[str, Estimate], weights: Mapping[str, float]) -> Estimate:
-    """Weighted mean over domains; ``weights`` need not sum to 1. A domain of weight 0 is ignored."""
+    """Weighted mean over domains; ``weights`` need not sum to 1. Weight 0 leaves a domain out."""
     counted = {name: weights.get(name, 1.0) for name in estimates}
     total = sum(counted.values())
     mean = variance = 0.0

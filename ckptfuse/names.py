@@ -9,7 +9,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 #: Folder names of the field, most specific first. Groups: step, stage, tokens, unit.
 CONVENTIONS = (
-    r"(?:(?P<stage>stage\d+)-)?step[-_]?(?P<step>\d+)-tokens(?P<tokens>\d+(?:\.\d+)?)(?P<unit>[KMBT]?)",  # OLMo
+    # OLMo
+    r"(?:(?P<stage>stage\d+)-)?step[-_]?(?P<step>\d+)-tokens(?P<tokens>\d+(?:\.\d+)?)(?P<unit>[KMBT]?)",
     r"(?:(?P<stage>stage\d+)-)?step[-_]?(?P<step>\d+)(?:-unsharded|-hf)?",  # OLMo-core, torchtitan
     r"checkpoint-(?P<step>\d+)",  # Hugging Face Trainer
     r"iter_(?P<step>\d+)",  # Megatron-LM

@@ -80,7 +80,7 @@ def rule(
 
 
 def get_rule(name: str, options: Mapping[str, float] | None = None) -> Rule:
-    """The rule of this name with its options bound; raises RuleError for an unknown one of either."""
+    """The rule of this name with its options bound; raises RuleError for an unknown one."""
     if name not in _RULES:
         raise RuleError(f"rule.name {name!r} is unknown; there are {', '.join(sorted(_RULES))}")
     function = _RULES[name]

@@ -103,7 +103,7 @@ class FolderStore:
     """A folder of a local or mounted file system."""
 
     def __init__(self, root: Path) -> None:
-        self.root = Path(os.path.abspath(root))
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100 - links stay as they are named
         self.uri = str(self.root)
 
     def path(self, path: str) -> Path:

@@ -174,9 +174,8 @@ def status(params: ParamsOption = None) -> None:
 def report(params: ParamsOption = None) -> None:
     """Write the report page and print its path."""
     loaded, _ = _load(params)
-    from ckptfuse.report.page import write_report
-
     from ckptfuse.pipeline import open_service
+    from ckptfuse.report.page import write_report
 
     stdout.print(str(write_report(open_service(loaded))), markup=False)
 

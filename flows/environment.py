@@ -14,7 +14,7 @@ _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_OFFLINE": "1",
-    # A busy machine takes up to a minute to start the embedded server; the default gives up at 20 s.
+    # A busy machine takes up to a minute to start the embedded server; the default is 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "ckptfuse",
     # Failures reach the command line as exceptions; Prefect keeps their tracebacks with the run.

@@ -122,11 +122,14 @@ def write_metrics(
     service: Service, decided: PlanRecord, verdict: GateRecord, folder: Path
 ) -> Evaluation:
     figures = evaluate(service, decided)
-    comparisons = {
+    comparisons: dict[str, object] = {
         c.against: {"gain": c.gain, "standard_error": c.standard_error, "lower": c.lower_bound}
         for c in verdict.comparisons
     }
-    values: dict[str, object] = {**figures.metrics(), "gate": {"passed": verdict.verdict == "publish", **comparisons}}
+    values: dict[str, object] = {
+        **figures.metrics(),
+        "gate": {"passed": verdict.verdict == "publish", **comparisons},
+    }
     (folder / METRICS).write_text(json.dumps(_rounded(values), indent=2) + "\n")
     with (folder / LOSSES).open("w", newline="") as out:
         rows = csv.writer(out, lineterminator="\n")

@@ -62,7 +62,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
         assert server.poll() is None, "the Prefect server ended at once"
         try:
-            urllib.request.urlopen(url, timeout=2)  # noqa: S310 - our own server
+            urllib.request.urlopen(url, timeout=2)
             return
         except OSError:
             time.sleep(0.2)
@@ -138,7 +138,9 @@ class Project:
             source = self.trajectory.bucket / f"checkpoint-{step}"
             shutil.copytree(source, self.bucket / source.name, copy_function=shutil.copy2)
 
-    def cli(self, *arguments: str, status: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
+    def cli(
+        self, *arguments: str, status: int = 0, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run the command line in the folder; its exit status must be ``status``."""
         done = subprocess.run(
             [BINARIES / "ckptfuse", *arguments],

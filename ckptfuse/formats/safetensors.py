@@ -157,7 +157,7 @@ def encode_header(
 
 
 def read_index(store: Store, path: str) -> dict[str, str]:
-    """Tensor name -> file name, from a ``*.index.json``; a name that leaves the folder is refused."""
+    """Tensor name -> file name, from a ``*.index.json``; none may leave the folder."""
     where = f"{store.uri}/{path}"
     try:
         weight_map = json.loads(store.read(path))["weight_map"]

@@ -1,8 +1,8 @@
 """The demo: the main job in small. A real pretraining, watched, fused, judged and registered live.
 
-    trainer (a process)  --checkpoint-N-->  bucket  <--looks--  ckptfuse watch (a process)
-                                                                    |
-    this program: a table of what the records say, then the result  <-- records
+trainer (a process)  --checkpoint-N-->  bucket  <--looks--  ckptfuse watch (a process)
+                                                                |
+this program: a table of what the records say, then the result  <-- records
 """
 
 import json
@@ -55,6 +55,7 @@ def run_demo(run: Pretraining | None = None) -> None:
     root = service.workspace.root
     run = replace(run or Pretraining.beneath(root), bucket=Path(str(params.bucket)))
     _lay_texts(params, run)
+    run.bucket.mkdir(parents=True)
     progress.print(
         f"A Llama is pretrained for {run.steps} steps in one process; the service watches its "
         f"checkpoints in another. Logs: {root}/demo"
@@ -81,7 +82,7 @@ def _prepare() -> Params:
     if is_s3(bucket) or not Path(bucket).is_relative_to(root):
         raise ConfigurationError(
             f"{file}: the demo trains into a bucket inside the workspace ({root}), and `bucket` is "
-            f"{bucket or 'not set'}; run it in another folder, where it writes parameters of its own"
+            f"{bucket or 'not set'}; run it in another folder, where it writes its own parameters"
         )
     if root.exists() and any(root.iterdir()):
         if not (root / _MARKER).is_file():

@@ -22,12 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TRAIN_SHARE = 0.72  # of the bytes
-SMALLEST_DOCUMENT = (
-    1_000  # bytes; package markers and re-export stubs are no text to learn from
-)
-LARGEST_DOCUMENT = (
-    256_000  # bytes; larger ones are generated tables that would drown a domain
-)
+SMALLEST_DOCUMENT = 1_000  # bytes; package markers and re-export stubs are no text to learn from
+LARGEST_DOCUMENT = 256_000  # bytes; larger ones are generated tables that would drown a domain
 SMALLEST_DOMAIN = 250_000  # bytes, some 60k tokens or more
 LARGEST_DOMAIN = 1_500_000  # bytes; keeps one score of the whole corpus to seconds
 LONGEST_MEAN_LINE = 120  # characters; minified scripts have lines of thousands
@@ -60,9 +56,7 @@ class Texts:
     """The demo's documents: none is in two places, each list in an order set by content alone."""
 
     train: list[str]  # the training part of the standard library
-    domains: dict[
-        str, list[str]
-    ]  # the corpus by domain; "python" is the library's held-out part
+    domains: dict[str, list[str]]  # the corpus by domain; "python" is the library's held-out part
 
 
 def gather() -> Texts:
@@ -108,9 +102,7 @@ def _standard_library(root: Path) -> Iterator[Path]:
     """Python files of the library; build configuration (`_sysconfigdata*`) differs by machine."""
     for path in root.rglob("*.py"):
         folders = path.relative_to(root).parts[:-1]
-        if _NOT_TRAINING_TEXT.isdisjoint(folders) and not path.name.startswith(
-            "_sysconfigdata"
-        ):
+        if _NOT_TRAINING_TEXT.isdisjoint(folders) and not path.name.startswith("_sysconfigdata"):
             yield path
 
 
@@ -138,11 +130,7 @@ def _headers() -> list[str]:
 def _scripts() -> list[str]:
     """JavaScript that a person wrote to be read, from all installed packages."""
     documents = _read(Path(sysconfig.get_path("purelib")).rglob("*.js"))
-    return [
-        text
-        for text in documents
-        if len(text) < LONGEST_MEAN_LINE * (text.count("\n") + 1)
-    ]
+    return [text for text in documents if len(text) < LONGEST_MEAN_LINE * (text.count("\n") + 1)]
 
 
 def _read(paths: Iterable[Path]) -> Iterator[str]:

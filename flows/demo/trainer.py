@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,9 +41,7 @@ BLOCK = 256  # tokens of one training example, and the longest context the model
 BLOCKS_PER_STEP = 4  # 1,024 tokens a step
 LEARNING_RATE = 3e-3
 INITIAL_SPREAD = 0.05  # the usual 0.02 is for widths of thousands; here it wastes the first steps
-TOKENIZER_TEXT = (
-    3_000_000  # bytes; more does not change 2,048 merges in a way that matters
-)
+TOKENIZER_TEXT = 3_000_000  # bytes; more does not change 2,048 merges in a way that matters
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -72,6 +70,19 @@ class Pretraining:
     layers: int = 3
     seed: int = 0
 
+    @classmethod
+    def beneath(cls, root: Path) -> Pretraining:
+        """The demo's run, with everything it reads and writes inside one folder."""
+        return cls(root / "bucket", root / "demo" / "train.jsonl", root / "demo" / "tokenizer")
+
+    def arguments(self) -> list[str]:
+        """The program's arguments that mean this run."""
+        return [
+            f"--{field.name.replace('_', '-')}={value}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        ]
+
 
 def train_tokenizer(
     texts: Iterable[str], directory: Path, vocab_size: int = VOCABULARY
@@ -94,7 +105,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(_beginning(texts, size=TOKENIZER_TEXT), trainer)
-    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
@@ -129,9 +140,7 @@ def pretrain(run: Pretraining) -> None:
         processing_class=tokenizer,
         callbacks=[_announcer()],
     )
-    trainer.remove_callback(
-        PrinterCallback
-    )  # it prints dictionaries to standard output
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries to standard output
     trainer.train()
 
 
@@ -202,7 +211,7 @@ def _model(run: Pretraining, tokenizer: PreTrainedTokenizerFast) -> LlamaForCaus
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    return LlamaForCausalLM(config)
 
 
 def _load(path: Path) -> list[str]:
@@ -216,9 +225,7 @@ def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tenso
 
     row: list[int] = []
     for text in texts:
-        row.extend(
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        )
+        row.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         row.append(int(tokenizer.eos_token_id))
     count = len(row) // BLOCK
     return torch.tensor(row[: count * BLOCK], dtype=torch.long).view(count, BLOCK)
@@ -312,9 +319,7 @@ def _parse(arguments: Sequence[str] | None) -> Pretraining:
 
     for name in ("steps", "save_every", "hidden", "layers"):
         if getattr(run, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} {getattr(run, name)}: must be at least 1"
-            )
+            parser.error(f"--{name.replace('_', '-')} {getattr(run, name)}: must be at least 1")
     if run.hidden % 32:
         parser.error(f"--hidden {run.hidden}: must be a multiple of 32")
     if run.decay_from is not None and not run.warmup <= run.decay_from < run.steps:
@@ -327,9 +332,7 @@ def _parse(arguments: Sequence[str] | None) -> Pretraining:
     if not run.tokenizer.is_dir():
         parser.error(f"--tokenizer {run.tokenizer}: no such folder")
     if any(run.bucket.glob("checkpoint-*")):
-        parser.error(
-            f"--bucket {run.bucket}: holds checkpoints of an earlier run; name another"
-        )
+        parser.error(f"--bucket {run.bucket}: holds checkpoints of an earlier run; name another")
     return run
 
 
