@@ -88,8 +88,9 @@ def judge(
     comparisons: list[Comparison],
 ) -> GateRecord:
     """The verdict, with the sentence that says why."""
-    reasons = [reason for item in comparisons for reason in _objections(item, params)]
-    gains = " and ".join(f"{c.gain:+.4f} than {_name(c)}" for c in comparisons)
+    distinct = {c.fingerprint: c for c in comparisons}.values()  # the newest may be the best
+    reasons = [reason for item in distinct for reason in _objections(item, params)]
+    gains = " and ".join(f"{c.gain:+.4f} than {_name(c)}" for c in distinct)
     return GateRecord(
         window=window,
         fusion=fusion,

@@ -1,11 +1,11 @@
 """A trajectory at a glance, from the records alone: the rows of ``status``, report and demo."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ckptfuse.corpus import Split
 from ckptfuse.gate import best_member
-from ckptfuse.losses import Losses
+from ckptfuse.losses import combine
 from ckptfuse.pipeline import Service
 from ckptfuse.promotion import champion
 from ckptfuse.records import (
@@ -26,7 +26,7 @@ class Row:
     name: str
     step: int
     loss: float | None
-    best_single: float | None = None
+    best_single: float | None = None  # of the window, as selection text finds it
     fused: float | None = None
     gain: float | None = None  # over the best single checkpoint
     verdict: str = ""
@@ -49,25 +49,51 @@ def overview(service: Service, split: Split = "report") -> Overview:
     gates = {gate.window: gate for gate in records.all(GateRecord).values()}
     skips = {skip.step: skip for skip in records.all(SkipRecord).values()}
     publications = {p.window: p for p in records.all(PublicationRecord).values()}
-    rows = []
-    for checkpoint in _in_order(records.all(CheckpointRecord).values()):
-        loss = _loss(service, checkpoint.fingerprint, checkpoint.tokenizer, split)
-        row = Row(checkpoint.name, checkpoint.step, loss)
+    present = champion(service)
+    crowned = present.fusion if present else None
+    rows: list[Row] = []
+    ordered = _in_order(records.all(CheckpointRecord).values())
+    for index, checkpoint in enumerate(ordered):
         plan = plans.get(checkpoint.fingerprint)
+        members = _behind(ordered[: index + 1], service.params.window.size)
+        row = Row(
+            checkpoint.name,
+            checkpoint.step,
+            loss=_loss(service, checkpoint.fingerprint, checkpoint.tokenizer, split),
+            best_single=_best_single(service, members, split),
+        )
         if plan is not None:
-            row = _with_plan(service, row, plan, gates.get(plan.window), publications, split)
-        elif checkpoint.step in skips:
-            skipped = skips[checkpoint.step]
-            row = Row(
-                checkpoint.name, checkpoint.step, loss, verdict="skipped", reason=skipped.reason
+            row = _with_plan(
+                service, row, plan, gates.get(plan.window), publications, crowned, split
             )
+        elif checkpoint.step in skips:
+            row = replace(row, verdict="skipped", reason=skips[checkpoint.step].reason)
         rows.append(row)
     return Overview(
         rows=tuple(rows),
         quarantined=tuple(records.all(QuarantineRecord).values()),
-        champion=champion(service),
+        champion=present,
         publications=tuple(sorted(publications.values(), key=lambda p: int(p.version))),
     )
+
+
+def _behind(ordered: Sequence[CheckpointRecord], size: int) -> list[CheckpointRecord]:
+    """The checkpoints that a window ending at the last of them draws from."""
+    newest = ordered[-1]
+    kin = [c for c in ordered if (c.generation, c.segment) == (newest.generation, newest.segment)]
+    return kin[-size:]
+
+
+def _best_single(
+    service: Service, members: Sequence[CheckpointRecord], split: Split
+) -> float | None:
+    """The loss of the checkpoint that selection text finds best."""
+    chosen = [(_loss(service, m.fingerprint, m.tokenizer, "selection"), m) for m in members]
+    known = [(loss, member) for loss, member in chosen if loss is not None]
+    if not known:
+        return None
+    _, best = min(known, key=lambda pair: pair[0])
+    return _loss(service, best.fingerprint, best.tokenizer, split)
 
 
 def _with_plan(
@@ -76,26 +102,22 @@ def _with_plan(
     plan: PlanRecord,
     verdict: GateRecord | None,
     publications: dict[str, PublicationRecord],
+    crowned: str | None,
     split: Split,
 ) -> Row:
-    best = _losses(service, best_member(plan.members).fingerprint, plan.tokenizer, split)
-    fused = _losses(service, plan.fusion, plan.tokenizer, split)
-    weights = service.scorer.target_weights
-    best_loss = best.target(weights).mean if best else None
-    fused_loss = fused.target(weights).mean if fused else None
+    best = _loss(service, best_member(plan.members).fingerprint, plan.tokenizer, split)
+    fused = _loss(service, plan.fusion, plan.tokenizer, split)
     published = publications.get(plan.window)
     word = "deciding"
     if verdict is not None:
         word = verdict.verdict if verdict.verdict == "declined" else "publishing"
     if published is not None:
-        word = "champion" if published.champion else "published"
-    return Row(
-        row.name,
-        row.step,
-        row.loss,
-        best_single=best_loss,
-        fused=fused_loss,
-        gain=best_loss - fused_loss if best_loss is not None and fused_loss is not None else None,
+        word = "champion" if plan.fusion == crowned else "published"
+    return replace(
+        row,
+        best_single=best,
+        fused=fused,
+        gain=best - fused if best is not None and fused is not None else None,
         verdict=word,
         reason=verdict.reason if verdict else "",
         plan=plan,
@@ -108,13 +130,9 @@ def _in_order(checkpoints: Iterable[CheckpointRecord]) -> list[CheckpointRecord]
     return sorted(unique.values(), key=lambda c: (c.generation, c.step))
 
 
-def _losses(service: Service, model_id: str, tokenizer: str, split: Split) -> Losses | None:
-    return service.scorer.losses(model_id, tokenizer, split)
-
-
 def _loss(service: Service, model_id: str, tokenizer: str, split: Split) -> float | None:
-    losses = _losses(service, model_id, tokenizer, split)
-    return losses.target(service.scorer.target_weights).mean if losses else None
+    by_domain = service.scorer.by_domain(model_id, tokenizer, split)
+    return combine(by_domain, service.scorer.target_weights).mean if by_domain else None
 
 
 def steps_saved(rows: Iterable[Row], fused: Row) -> int | None:

@@ -1,6 +1,7 @@
 """The parent's side of scoring: numerics of this machine, blocks on disk, jobs as processes."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from ckptfuse.blocks import block_digest, load_tokenizer, tokenizer_files_digest
 from ckptfuse.corpus import SPLITS, Corpus, Split, documents_of, read_corpus
 from ckptfuse.digests import digest
 from ckptfuse.errors import CorpusError, JobError
-from ckptfuse.losses import Losses
+from ckptfuse.losses import Estimate, Losses
 from ckptfuse.params import Params, ScoringParams
+from ckptfuse.processes import end_with_parent
 from ckptfuse.protocol import (
     BlockSet,
     Event,
@@ -29,7 +31,7 @@ from ckptfuse.protocol import (
     Scored,
     score_key,
 )
-from ckptfuse.records import Records, ScoreRecord
+from ckptfuse.records import DomainScore, Records, ScoreRecord
 from ckptfuse.store import open_store, split_uri
 
 _EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
@@ -83,6 +85,7 @@ def run_job(
                 stdout=subprocess.PIPE,
                 stderr=error_file,
                 text=True,
+                preexec_fn=end_with_parent,
             ) as process,
         ):
             assert process.stdout is not None
@@ -232,6 +235,13 @@ class Scorer:
         keys = (self.key(model_id, tokenizer, split) for split in SPLITS)
         return all(self.records.has(ScoreRecord, key) for key in keys)
 
+    def by_domain(self, model_id: str, tokenizer: str, split: Split) -> dict[str, Estimate] | None:
+        """The recorded loss of each domain, without its blocks; None when it was not scored."""
+        record = self.records.get(ScoreRecord, self.key(model_id, tokenizer, split))
+        if record is None:
+            return None
+        return {name: _estimate(score) for name, score in record.domains.items()}
+
     def losses(self, model_id: str, tokenizer: str, split: Split) -> Losses | None:
         """The recorded losses of a model on one split; None when it was not scored."""
         key = self.key(model_id, tokenizer, split)
@@ -240,3 +250,8 @@ class Scorer:
             return None
         arrays = self.records.arrays(ScoreRecord, key)
         return Losses(record.blocks, tuple(sorted(record.domains)), **arrays)
+
+
+def _estimate(score: DomainScore) -> Estimate:
+    error = math.inf if score.standard_error is None else score.standard_error
+    return Estimate(score.loss, error, score.documents)

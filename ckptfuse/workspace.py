@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ckptfuse.records import Records
-from ckptfuse.store import FolderStore
+from ckptfuse.store import FolderStore, remove_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,15 @@ class Workspace:
             yield False
             return
         try:
+            self._sweep()
             yield True
         finally:
             lock.release()
+
+    def _sweep(self) -> None:
+        """Delete what a killed writer left half made: no name that anyone was given."""
+        for left in [*self.folder("tmp").iterdir(), *self.folder("models").glob(".*")]:
+            if left.is_dir():
+                remove_folder(left)
+            else:
+                left.unlink()

@@ -5,6 +5,7 @@ imports stay inside the commands that need them, so that help and errors come at
 """
 
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,8 @@ DECLINED = 3
 
 def main() -> None:
     """Run a command; expected failures become one message and an exit status."""
+    # Python's default would end at once and leave Prefect's embedded server running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except CkptfuseError as error:

@@ -21,6 +21,7 @@ import yaml
 from ckptfuse.errors import PublicationError
 from ckptfuse.params import Params
 from ckptfuse.pipeline import Service
+from ckptfuse.processes import end_with_parent
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
 from ckptfuse.store import open_store, read_uri, remove_folder
@@ -63,7 +64,13 @@ class Ledger:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
         environment["DVC_NO_ANALYTICS"] = "1"
         done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+            command,
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            preexec_fn=end_with_parent,
         )
         if done.returncode != 0:
             words = " ".join(command)

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -21,11 +22,23 @@ BINARIES = Path(sys.executable).parent
 DOMAINS = ("python", "prose", "c")
 
 
+_SERVER_PORT = pytest.StashKey[int]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Settings that must stand before Prefect is imported, for us and for what we start."""
-    prepare(Path(config.rootpath, ".pytest_cache", "prefect"))
+    """Settings that must stand before Prefect is imported, for us and for what we start.
+
+    Prefect reads them once: so the server's address is chosen here, and the server started later
+    by the first test that needs it.
+    """
+    home = Path(tempfile.mkdtemp(prefix="ckptfuse-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    config.stash[_SERVER_PORT] = free_port()
+    os.environ["PREFECT_HOME"] = str(home)
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{config.stash[_SERVER_PORT]}/api"
     os.environ["PATH"] = f"{BINARIES}{os.pathsep}{os.environ['PATH']}"
     os.environ["OMP_NUM_THREADS"] = "1"
+    prepare(home)
 
 
 def free_port() -> int:
@@ -35,25 +48,20 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Prefect server for the session; sets PREFECT_API_URL for every process under us."""
-    home = tmp_path_factory.mktemp("prefect")
-    port = free_port()
-    environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"}
+def prefect_server(pytestconfig: pytest.Config) -> Iterator[str]:
+    """A real Prefect server for the session; every process under us finds it."""
+    port = pytestconfig.stash[_SERVER_PORT]
     server = subprocess.Popen(
         [BINARIES / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        env=environment,
+        env={**os.environ, "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    url = f"http://127.0.0.1:{port}/api"
+    url = os.environ["PREFECT_API_URL"]
     try:
         _wait_for(f"{url}/health", server)
-        os.environ["PREFECT_API_URL"] = url
-        os.environ["PREFECT_HOME"] = str(home)
         yield url
     finally:
-        os.environ.pop("PREFECT_API_URL", None)
         server.terminate()
         server.wait(timeout=30)
 
@@ -108,9 +116,15 @@ def pretrain(texts: Path, bucket: Path, *arguments: str) -> Trajectory:
 
 @pytest.fixture(scope="session")
 def trajectory(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
-    """Six checkpoints under a constant learning rate."""
+    """Six checkpoints under a constant learning rate, steps 420 to 720.
+
+    Those before are deleted, as trainers do: a merge of so early ones gains nothing yet.
+    """
     bucket = tmp_path_factory.mktemp("trajectory") / "bucket"
-    return pretrain(texts, bucket, "--steps", "240", "--save-every", "40", "--warmup", "20")
+    trained = pretrain(texts, bucket, "--steps", "720", "--save-every", "60", "--warmup", "20")
+    for step in trained.steps()[:-6]:
+        shutil.rmtree(bucket / f"checkpoint-{step}")
+    return trained
 
 
 @dataclass(frozen=True)

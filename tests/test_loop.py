@@ -19,10 +19,10 @@ def finished(
 ) -> Project:
     """Four checkpoints land and are fused, then two more."""
     project = make_project(tmp_path_factory.mktemp("loop"), trajectory)
-    project.land(40, 80, 120, 160)
+    project.land(420, 480, 540, 600)
     first = watch(project.params_file)
     assert (first.scored, first.published) == (4, 1), first
-    project.land(200, 240)
+    project.land(660, 720)
     second = watch(project.params_file)
     assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
     return project
@@ -48,7 +48,7 @@ def test_the_fusion_beats_every_single_checkpoint_on_text_that_chose_nothing(
     from ckptfuse.pipeline import open_service
 
     seen = overview(open_service(load_params(Path(finished.params_file))), "report")
-    fused = {row.step: row.fused for row in seen.rows}[240]
+    fused = {row.step: row.fused for row in seen.rows}[720]
     assert fused is not None
     assert fused < min(row.loss for row in seen.rows if row.loss is not None)
 
@@ -116,9 +116,9 @@ def test_the_curves_in_mlflow_are_drawn_by_training_step(finished: Project) -> N
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`ckptfuse.role` = 'curves'")
     raw = client.get_metric_history(run.info.run_id, "loss.raw")
-    assert sorted(metric.step for metric in raw) == [40, 80, 120, 160, 200, 240]
+    assert sorted(metric.step for metric in raw) == [420, 480, 540, 600, 660, 720]
     fused = client.get_metric_history(run.info.run_id, "loss.fusion")
-    assert sorted(metric.step for metric in fused) == [160, 240]
+    assert sorted(metric.step for metric in fused) == [600, 720]
 
 
 def test_status_and_report_show_what_the_records_say(finished: Project) -> None:
@@ -126,13 +126,13 @@ def test_status_and_report_show_what_the_records_say(finished: Project) -> None:
     assert "champion" in shown
     assert "skipped" in shown
     page = Path(finished.cli("report").stdout.strip()).read_text()
-    assert "superseded by step 240" in page
+    assert "superseded by step 720" in page
     assert page.count("<svg") == 4
 
 
 def test_fuse_of_a_decided_window_repeats_its_verdict(finished: Project) -> None:
-    done = finished.cli("fuse", "--step", "240")
-    assert done.stdout.startswith("step 240: publish")
+    done = finished.cli("fuse", "--step", "720")
+    assert done.stdout.startswith("step 720: publish")
     assert len(finished.versions()) == 2
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from statistics import median
 
 from rich.console import Console
@@ -23,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ckptfuse.errors import CkptfuseError, ConfigurationError
-from ckptfuse.losses import Losses, combine
+from ckptfuse.losses import Estimate, Losses, combine
 from ckptfuse.overview import Overview, overview, steps_saved
 from ckptfuse.params import PARAMS_FILE, Params, load_params
 from ckptfuse.pipeline import Service, discover, losses_of, next_actions, open_service, target_loss
@@ -41,7 +42,7 @@ _INTERVAL = 1.0
 _IN_DISTRIBUTION = "python"
 
 console = Console(highlight=False, soft_wrap=True)
-progress = Console(stderr=True, highlight=False)
+progress = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def run_demo(run: Pretraining | None = None) -> None:
@@ -175,11 +176,19 @@ def _is_idle(service: Service) -> bool:
 
 @dataclass(frozen=True)
 class _Result:
-    """Losses on report text of the models that are compared."""
+    """The models that are compared: step and losses on report text."""
 
     newest: tuple[int, Losses]
-    best: tuple[int, Losses]
+    best: tuple[int, Losses]  # the single checkpoint of lowest loss on selection
     champion: tuple[int, Losses]
+
+    def named(self) -> list[tuple[str, int, Losses]]:
+        """The models from left to right; the newest and the best may be one."""
+        if self.newest[0] == self.best[0]:
+            singles = [("newest, and best single", *self.newest)]
+        else:
+            singles = [("newest", *self.newest), ("best single", *self.best)]
+        return [*singles, ("champion", *self.champion)]
 
 
 def _print_result(service: Service, *, minutes: float) -> None:
@@ -219,38 +228,39 @@ def _result(service: Service, seen: Overview) -> _Result:
 
 def _perplexities(service: Service, result: _Result) -> Table:
     drawn = Table(
-        title="Perplexity on report text, which chose nothing and judged nothing (+- std. error)",
+        title="Perplexity on report text, which chose nothing and judged nothing (± std. error)",
         title_justify="left",
         title_style="bold",
     )
-    drawn.add_column("domain")
-    for name, (step, _) in (
-        ("newest", result.newest),
-        ("best single", result.best),
-        ("champion", result.champion),
-    ):
+    drawn.add_column("text", no_wrap=True)
+    models = result.named()
+    for name, step, _ in models:
         drawn.add_column(f"{name}\nstep {step}", justify="right", no_wrap=True)
-    for domain in result.champion[1].domains:
-        kind = "in distribution" if domain == _IN_DISTRIBUTION else "out of distribution"
-        cells = []
-        for _, losses in (result.newest, result.best, result.champion):
-            estimate = losses.of(domain)
-            perplexity = math.exp(estimate.mean)
-            cells.append(f"{perplexity:.2f} +- {perplexity * estimate.standard_error:.2f}")
-        drawn.add_row(f"{domain} ({kind})", *cells)
+    own, others = _IN_DISTRIBUTION, sorted(set(result.champion[1].domains) - {_IN_DISTRIBUTION})
+    for kind, domains in (("in distribution", [own]), ("out of distribution", others)):
+        drawn.add_section()
+        drawn.add_row(f"[dim]{kind}[/dim]")
+        for domain in domains:
+            drawn.add_row(
+                f"  {domain}", *[_perplexity(losses.of(domain)) for _, _, losses in models]
+            )
     return drawn
 
 
+def _perplexity(estimate: Estimate) -> str:
+    perplexity = math.exp(estimate.mean)
+    return f"{perplexity:.2f} ± {perplexity * estimate.standard_error:.2f}"
+
+
 def _print_gains(service: Service, result: _Result) -> None:
-    weights = service.scorer.target_weights
-    champion = result.champion[1]
-    for name, (step, losses) in (("newest", result.newest), ("best single", result.best)):
+    *singles, (_, _, champion) = result.named()
+    for name, step, losses in singles:
         differences = losses.minus(champion)
-        gain = combine(differences, weights)
+        gain = combine(differences, service.scorer.target_weights)
         by_domain = ", ".join(f"{d} {e.mean:+.4f}" for d, e in differences.items())
         console.print(
-            f"Gain over the {name} checkpoint (step {step}): [bold]{gain.mean:+.4f}[/bold] "
-            f"+- {gain.standard_error:.4f} nats per token, paired ({by_domain})"
+            f"Gain over the {name} (step {step}): [bold]{gain.mean:+.4f}[/bold] ± "
+            f"{gain.standard_error:.4f} nats per token, paired ({by_domain})"
         )
 
 
@@ -277,27 +287,34 @@ def _print_saved(seen: Overview) -> None:
 
 def _print_commands(service: Service, seen: Overview) -> None:
     assert seen.champion is not None
-    root = service.workspace.root
-    name = service.params.model_name
-    entry = next(p for p in seen.publications if p.fusion == seen.champion.fusion)
-    binaries = Path(sys.executable).parent
+    root, name = service.workspace.root, service.params.model_name
+    tag = next(p.tag for p in seen.publications if p.fusion == seen.champion.fusion)
     uri = f"sqlite:///{root}/mlflow.db"
     load = (
-        f"import mlflow; mlflow.set_tracking_uri('{uri}'); "
-        f"print(mlflow.transformers.load_model('models:/{name}@champion')"
-        "('def main(', max_new_tokens=20))"
+        f"import mlflow; mlflow.set_tracking_uri({uri!r}); "
+        f"pipe = mlflow.transformers.load_model('models:/{name}@champion'); "
+        "print(pipe('def main(', max_new_tokens=20)[0]['generated_text'])"
     )
-    lines = {
-        "Open the MLflow page": f"{binaries}/mlflow ui --backend-store-uri {uri}",
-        "Load the champion": f'{binaries}/python -c "{load}"',
-        "Open the report": f"{binaries}/python -m webbrowser file://{root}/report/index.html",
-        "Make the same bytes again": (
-            f"git clone -q {root}/ledger {root}/again && cd {root}/again && "
-            f"git checkout -q {entry.tag} && export PATH={binaries}:$PATH && "
-            f"dvc cache dir --local {root}/ledger/.dvc/cache && dvc checkout -q corpus.dvc && "
-            "dvc repro --force && dvc status"
-        ),
-        "See that nothing is left to do": f"{binaries}/ckptfuse watch --once",
+    page = (root / "report" / "index.html").as_uri()
+    again = quote(str(root / "again"))
+    cache = quote(str(root / "ledger" / ".dvc" / "cache"))
+    commands = {
+        "Put the installed commands on the path": [
+            f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH"
+        ],
+        "Open the MLflow page": [f"mlflow ui --backend-store-uri {quote(uri)}"],
+        "Load the champion": [f'python -c "{load}"'],
+        "Open the report": [f"python -m webbrowser {page}"],
+        "See that nothing is left to do": ["ckptfuse watch --once"],
+        "Make the same bytes again with DVC": [
+            "git -c advice.detachedHead=false clone --quiet "
+            f"--branch {tag} {quote(str(root / 'ledger'))} {again}",
+            f"cd {again}",
+            f"dvc cache dir --local {cache} && dvc checkout corpus.dvc",
+            "dvc repro --force && dvc status",
+        ],
     }
-    for title, command in lines.items():
-        console.print(f"\n[bold]{title}[/bold]\n  {command}")
+    for title, lines in commands.items():
+        console.print(f"\n[bold]{title}[/bold]")
+        for line in lines:
+            console.print(f"  {line}", markup=False)

@@ -2,7 +2,7 @@
 
     python -m flows.demo.trainer --bucket DIR --texts TRAIN.jsonl --tokenizer DIR
 
-A Llama of 0.86 million parameters is trained from scratch by the Hugging Face `Trainer`, so its
+A Llama of 1.05 million parameters is trained from scratch by the Hugging Face `Trainer`, so its
 `checkpoint-N` folders hold what any such run leaves behind: weights, optimizer, scheduler, random
 state and all. It is a program of its own because the service must meet it as it meets any trainer,
 through files alone; and it keeps to one thread, because on a machine of two cores the service has
@@ -62,12 +62,12 @@ class Pretraining:
     bucket: Path  # where the checkpoint-N folders appear
     texts: Path  # JSON lines with a `text` field
     tokenizer: Path  # folder that `train_tokenizer` wrote
-    steps: int = 600
-    save_every: int = 50
+    steps: int = 1_000
+    save_every: int = 100
     warmup: int = 40  # steps
     decay_from: int | None = None  # step; None keeps the learning rate constant
     hidden: int = 128  # a multiple of 32, the width of one attention head
-    layers: int = 3
+    layers: int = 4
     seed: int = 0
 
     @classmethod

@@ -1,0 +1,121 @@
+"""A watch run that is killed after its n-th external call, without the seconds of imports.
+
+    python -m tests.killing PARAMS.yaml
+
+imports the service once, then reads a number a line from standard input and forks: the child runs
+one watch and kills itself (SIGKILL: no clean-up of any kind) right after that external call; 0 lets
+it run to its end. The calls that a child made are answered as one JSON line, with its exit status.
+An external call is one whose effect outlives the process: a record, a job, a folder of weights, a
+command of Git or DVC, a change in MLflow.
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow.transformers  # noqa: F401 - the slow imports, once, before any fork
+from mlflow import MlflowClient
+
+import ckptfuse.merge
+import ckptfuse.scoring
+import tasks.ledger
+import tasks.prune
+import tasks.registry
+from ckptfuse.records import Records
+from flows.watch import watch
+
+_MLFLOW = (
+    "create_experiment", "create_run", "log_batch", "log_dict", "create_logged_model",
+    "finalize_logged_model", "create_registered_model", "create_model_version", "set_terminated",
+    "set_registered_model_alias",
+)  # fmt: skip
+
+
+class Killer:
+    """Counts external calls, notes their names, and ends the process after one of them."""
+
+    def __init__(self, at: int, log: int) -> None:
+        self.at = at
+        self.log = log
+        self.count = 0
+
+    def called(self, name: str) -> None:
+        self.count += 1
+        os.write(self.log, f"{name}\n".encode())
+        if self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrap(self, owner: Any, attribute: str, name: Callable[..., str]) -> None:
+        real = getattr(owner, attribute)
+
+        @functools.wraps(real)
+        def calling(*arguments: Any, **options: Any) -> Any:
+            answer = real(*arguments, **options)
+            self.called(name(*arguments, **options))
+            return answer
+
+        setattr(owner, attribute, calling)
+
+    def install(self) -> None:
+        self.wrap(Records, "put", lambda _, key, record, *rest: f"record {record.kind}")
+        self.wrap(ckptfuse.scoring, "run_job", lambda *_, **__: "scoring job")
+        self.wrap(ckptfuse.merge, "_write_files", lambda *_: "weights written")
+        self.wrap(ckptfuse.merge, "_rename", lambda *_: "weights renamed")
+        self.wrap(tasks.ledger.Ledger, "_run", lambda _, command: _words(command))
+        self.wrap(tasks.ledger, "link_tree", lambda *_: "weights linked into the ledger")
+        self.wrap(tasks.registry, "link_tree", lambda *_: "weights linked into the registry")
+        self.wrap(tasks.prune, "remove_folder", lambda *_: "weights pruned")
+        for method in _MLFLOW:
+            self.wrap(MlflowClient, method, lambda *a, m=method, **_: _mlflow(m, *a))
+
+
+def _words(command: list[str]) -> str:
+    """``git commit``, ``dvc commit``: the program and what it was asked to do."""
+    if command[0] == "git":
+        words = command[1:]
+        while words[0] == "-c":
+            words = words[2:]
+        return f"git {words[0]}"
+    return f"dvc {command[3]}"
+
+
+def _mlflow(method: str, _: MlflowClient, *arguments: Any) -> str:
+    alias = f" {arguments[1]}" if method == "set_registered_model_alias" else ""
+    return f"mlflow {method}{alias}"
+
+
+def _child(params_file: str, at: int, log: int) -> None:
+    Killer(at, log).install()
+    watch(params_file)
+
+
+def main(params_file: str) -> None:
+    for line in sys.stdin:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.close(reading)
+                os.dup2(2, 1)  # standard output is for answers
+                _child(params_file, int(line), writing)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        os.close(writing)
+        with os.fdopen(reading) as log:
+            calls = log.read().splitlines()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(json.dumps({"status": status, "calls": calls}), flush=True)
+
+
+if __name__ == "__main__":
+    main(str(Path(sys.argv[1])))

@@ -1,0 +1,205 @@
+"""Killed after any external call of a fusion and run again, the service ends where it would have.
+
+A trajectory is fused once; two more checkpoints land. One watch run of what follows, undisturbed,
+is what every other must come to: the same run killed with SIGKILL after its first, second, ...
+external call (tests/killing.py), and then repeated.
+"""
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.watch import watch
+from tests.conftest import Project, Trajectory, make_project
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+#: The seams between systems, where a kill leaves most behind; all the others in `make test-faults`.
+SEAMS = (
+    "record plan",
+    "weights written",
+    "dvc commit",
+    "git commit",
+    "mlflow create_logged_model",
+    "mlflow create_model_version",
+    "mlflow set_registered_model_alias champion",
+)
+
+
+@dataclass
+class Scene:
+    """A project before the fusion that is disturbed, a process that runs it, and how it ends."""
+
+    project: Project
+    before: Path
+    zygote: subprocess.Popen[str]
+    outcome: dict[str, Any] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+
+    def restore(self) -> None:
+        for path in self.project.workspace.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "mlflow.db":  # overwritten in place: we hold connections to it
+                path.unlink()
+        shutil.copytree(self.before, self.project.workspace, symlinks=True, dirs_exist_ok=True)
+
+    def watch(self, kill_after: int) -> tuple[int, list[str]]:
+        """One watch run; its exit status and the external calls that it made."""
+        assert self.zygote.stdin
+        assert self.zygote.stdout
+        self.zygote.stdin.write(f"{kill_after}\n")
+        self.zygote.stdin.flush()
+        answer = json.loads(self.zygote.stdout.readline())
+        return answer["status"], answer["calls"]
+
+    def killed_after(self, number: int) -> dict[str, Any]:
+        """What there is after a run that was killed there, and another run."""
+        self.restore()
+        status, calls = self.watch(number)
+        assert (status, calls) == (-signal.SIGKILL, self.calls[:number])
+        assert self.watch(0)[0] == 0
+        return observe(self.project)
+
+
+@pytest.fixture(scope="module")
+def scene(
+    prefect_server: str, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("kill")
+    project = make_project(folder / "project", trajectory)
+    first, second = trajectory.steps()[:4], trajectory.steps()[4:6]
+    project.land(*first)
+    assert watch(project.params_file).published == 1
+    project.land(*second)
+    shutil.copytree(project.workspace, folder / "before", symlinks=True)
+    zygote = subprocess.Popen(
+        [sys.executable, "-m", "tests.killing", project.params_file],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with zygote:
+        made = Scene(project, folder / "before", zygote)
+        status, made.calls = made.watch(0)
+        assert status == 0
+        made.outcome = observe(project)
+        yield made
+        assert zygote.stdin
+        zygote.stdin.close()
+
+
+def observe(project: Project) -> dict[str, Any]:
+    """All that the service leaves behind, less what holds the time of day or a random name."""
+    return {
+        **dict(_records(project.workspace / "records")),
+        **{f"models/{name}": found for name, found in _hashes(project.workspace / "models")},
+        "left over": sorted(path.name for path in (project.workspace / "tmp").iterdir()),
+        "tags": {tag: project.git("rev-parse", f"{tag}^{{tree}}") for tag in _tags(project)},
+        "commits": project.git("log", "--format=%s", "main").splitlines(),
+        "uncommitted": project.git("status", "--porcelain"),
+        "versions": project.versions(),
+        "aliases": project.aliases(),
+        **_mlflow(project),
+    }
+
+
+def _records(folder: Path) -> Iterator[tuple[str, object]]:
+    for name, content in _hashes(folder):
+        if name.endswith(".json"):
+            values = json.loads((folder / name).read_text())
+            yield name, {key: value for key, value in values.items() if key != "commit"}
+        else:
+            yield name, content
+
+
+def _hashes(folder: Path) -> Iterator[tuple[str, str]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            yield str(path.relative_to(folder)), content
+
+
+def _tags(project: Project) -> list[str]:
+    return project.git("tag").split()
+
+
+def _mlflow(project: Project) -> dict[str, Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=project.mlflow_uri, registry_uri=project.mlflow_uri)
+    experiment = client.get_experiment_by_name("trial")
+    assert experiment is not None
+    found: dict[str, Any] = {}
+    for model in client.search_logged_models([experiment.experiment_id]):
+        name = f"model {model.tags['ckptfuse.fusion']}"
+        assert name not in found, "two logged models of one fusion"
+        folder = Path(model.artifact_location.removeprefix("file://"))
+        found[name] = str(model.status)
+        for file, content in _hashes(folder):
+            found[f"{name} {file}"] = "" if file == "MLmodel" else content  # it holds a time
+    for run in client.search_runs([experiment.experiment_id]):
+        name = f"run {run.info.run_name}"
+        assert name not in found, "two runs of one name"
+        found[name] = run.info.status
+        for metric in run.data.metrics:
+            history = client.get_metric_history(run.info.run_id, metric)
+            found[f"{name} {metric}"] = sorted((point.step, point.value) for point in history)
+    return found
+
+
+@pytest.mark.parametrize("call", SEAMS)
+def test_a_kill_at_a_seam_between_systems_changes_nothing(scene: Scene, call: str) -> None:
+    assert scene.killed_after(scene.calls.index(call) + 1) == scene.outcome
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_a_kill_after_any_external_call_changes_nothing(scene: Scene) -> None:
+    assert len(scene.calls) > 30, "the calls that the service makes are not all counted"
+    differing = [
+        f"{number}: {call}"
+        for number, call in enumerate(scene.calls, start=1)
+        if scene.killed_after(number) != scene.outcome
+    ]
+    assert differing == []
+
+
+def test_a_scoring_job_ends_with_the_service_that_started_it(
+    prefect_server: str, trajectory: Trajectory, tmp_path: Path
+) -> None:
+    project = make_project(tmp_path / "project", trajectory)
+    project.land(*trajectory.steps()[:4])
+    service = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "watch", "--once"], cwd=project.folder
+    )
+    job = _wait_for_child(service, "ckptfuse.job")
+    service.kill()
+    service.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{job}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the scoring job outlived its service")
+
+
+def _wait_for_child(process: subprocess.Popen[bytes], words: str) -> int:
+    for _ in range(1200):
+        assert process.poll() is None, "the service ended before it scored"
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for child in children.read_text().split():
+            command = Path(f"/proc/{child}/cmdline")
+            if command.exists() and words in command.read_text():
+                return int(child)
+        time.sleep(0.05)
+    pytest.fail(f"no child process with {words!r} appeared")
