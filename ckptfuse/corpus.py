@@ -44,7 +44,8 @@ def read_documents(uri: str) -> list[Document]:
     Empty texts are left out. Raises CorpusError naming the line that cannot be used.
     """
     try:
-        lines = read_uri(uri).decode().splitlines()
+        # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+        lines = read_uri(uri).decode("utf-8-sig").split("\n")
     except MissingFile as error:
         raise CorpusError(
             f"{uri}: no such corpus file; correct corpus.domains or --corpus"

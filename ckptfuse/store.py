@@ -354,7 +354,7 @@ def _client() -> Any:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    return boto3.client("s3", config=config)
+    return boto3.Session().client("s3", config=config)
 
 
 def _short_read(uri: str, path: str, start: int, length: int, got: int) -> str:

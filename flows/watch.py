@@ -15,6 +15,7 @@ from ckptfuse.params import load_params
 from ckptfuse.pipeline import Service, load_state, open_service
 from ckptfuse.plan import Actions
 from ckptfuse.records import GateRecord
+from flows.environment import prepare
 from flows.fuse import fuse, publish_window
 from tasks.discover import discover, plan_actions, quarantine, skip
 from tasks.log import log
@@ -48,6 +49,7 @@ class Summary:
 def watch(params_file: str, live: bool = True) -> Summary:
     """One look at the bucket, and everything that follows from it."""
     service = open_service(load_params(Path(params_file)))
+    prepare(service.workspace.root)  # a worker of Prefect's has not been through our command line
     with service.workspace.lock() as mine:
         if not mine:
             log.info("another process is at work on this workspace; nothing done")

@@ -147,6 +147,7 @@ class Registry:
         self._describe_run(run, decided, verdict)
         model_id = self._logged_model(run, decided, fusion)
         self._registered_model()
+        self.client.set_terminated(run)  # before the version: its being there says all is done
         version = self.client.create_model_version(
             self.name,
             source=f"models:/{model_id}",
@@ -155,7 +156,6 @@ class Registry:
             tags=_version_tags(decided, verdict, entry),
             description=_description(decided, verdict),
         )
-        self.client.set_terminated(run)
         return str(version.version)
 
     def find_version(self, fusion: str) -> str | None:
@@ -263,6 +263,8 @@ def package(model: Path, target: Path) -> None:
         )
     for path in weights:
         os.link(path, target / _MODEL_FOLDER / path.name)
+    # MLflow's note that it found no licence, with the path of our temporary folder.
+    (target / "LICENSE.txt").unlink(missing_ok=True)
     described = Model.load(str(target))
     described.model_size_bytes = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     described.save(str(target / "MLmodel"))

@@ -1,10 +1,13 @@
 """A watch run that is killed after its n-th external call, without the seconds of imports.
 
-    python -m tests.killing PARAMS.yaml
+    python -m tests.killing FOLDER      (of a project)
 
-imports the service once, then reads a number a line from standard input and forks: the child runs
-one watch and kills itself (SIGKILL: no clean-up of any kind) right after that external call; 0 lets
-it run to its end. The calls that a child made are answered as one JSON line, with its exit status.
+imports the service once, then answers each line of standard input by a process that it forks, and
+one JSON line: the process's exit status and what it wrote. `watch N` runs the service once and
+kills it (SIGKILL: no clean-up of any kind) right after its N-th external call, 0 never; the answer
+lists the calls. `observe` answers with what there is (tests/observing.py): in a fresh process too,
+since SQLite's caches do not notice a database that was put back to an earlier state.
+
 An external call is one whose effect outlives the process: a record, a job, a folder of weights, a
 command of Git or DVC, a change in MLflow.
 """
@@ -29,6 +32,8 @@ import tasks.prune
 import tasks.registry
 from ckptfuse.records import Records
 from flows.watch import watch
+from tests.conftest import Project, Trajectory
+from tests.observing import observe
 
 _MLFLOW = (
     "create_experiment", "create_run", "log_batch", "log_dict", "create_logged_model",
@@ -90,12 +95,16 @@ def _mlflow(method: str, _: MlflowClient, *arguments: Any) -> str:
     return f"mlflow {method}{alias}"
 
 
-def _child(params_file: str, at: int, log: int) -> None:
-    Killer(at, log).install()
-    watch(params_file)
+def _answer(project: Project, question: list[str], out: int) -> None:
+    if question[0] == "observe":
+        with os.fdopen(out, "w") as answer:
+            json.dump(observe(project), answer)
+    else:
+        Killer(int(question[1]), out).install()
+        watch(project.params_file)
 
 
-def main(params_file: str) -> None:
+def main(project: Project) -> None:
     for line in sys.stdin:
         reading, writing = os.pipe()
         child = os.fork()
@@ -104,18 +113,19 @@ def main(params_file: str) -> None:
             try:
                 os.close(reading)
                 os.dup2(2, 1)  # standard output is for answers
-                _child(params_file, int(line), writing)
+                _answer(project, line.split(), writing)
                 status = 0
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(status)
         os.close(writing)
-        with os.fdopen(reading) as log:
-            calls = log.read().splitlines()
+        with os.fdopen(reading) as answered:
+            text = answered.read()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"status": status, "calls": calls}), flush=True)
+        print(json.dumps({"status": status, "answer": text}), flush=True)
 
 
 if __name__ == "__main__":
-    main(str(Path(sys.argv[1])))
+    folder = Path(sys.argv[1])
+    main(Project(folder, Trajectory(folder / "bucket", {})))

@@ -5,7 +5,6 @@ is what every other must come to: the same run killed with SIGKILL after its fir
 external call (tests/killing.py), and then repeated.
 """
 
-import hashlib
 import json
 import shutil
 import signal
@@ -26,11 +25,8 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 #: The seams between systems, where a kill leaves most behind; all the others in `make test-faults`.
 SEAMS = (
-    "record plan",
     "weights written",
-    "dvc commit",
     "git commit",
-    "mlflow create_logged_model",
     "mlflow create_model_version",
     "mlflow set_registered_model_alias champion",
 )
@@ -47,29 +43,35 @@ class Scene:
     calls: list[str] = field(default_factory=list)
 
     def restore(self) -> None:
-        for path in self.project.workspace.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "mlflow.db":  # overwritten in place: we hold connections to it
-                path.unlink()
-        shutil.copytree(self.before, self.project.workspace, symlinks=True, dirs_exist_ok=True)
+        shutil.rmtree(self.project.workspace)
+        shutil.copytree(self.before, self.project.workspace, symlinks=True)
 
-    def watch(self, kill_after: int) -> tuple[int, list[str]]:
+    def watch(self, kill_after: int = 0) -> tuple[int, list[str]]:
         """One watch run; its exit status and the external calls that it made."""
+        answer = self._ask(f"watch {kill_after}")
+        return answer["status"], answer["answer"].splitlines()
+
+    def observe(self) -> dict[str, Any]:
+        answer = self._ask("observe")
+        assert answer["status"] == 0
+        found: dict[str, Any] = json.loads(answer["answer"])
+        return found
+
+    def _ask(self, question: str) -> dict[str, Any]:
         assert self.zygote.stdin
         assert self.zygote.stdout
-        self.zygote.stdin.write(f"{kill_after}\n")
+        self.zygote.stdin.write(f"{question}\n")
         self.zygote.stdin.flush()
-        answer = json.loads(self.zygote.stdout.readline())
-        return answer["status"], answer["calls"]
+        answer: dict[str, Any] = json.loads(self.zygote.stdout.readline())
+        return answer
 
     def killed_after(self, number: int) -> dict[str, Any]:
         """What there is after a run that was killed there, and another run."""
         self.restore()
         status, calls = self.watch(number)
         assert (status, calls) == (-signal.SIGKILL, self.calls[:number])
-        assert self.watch(0)[0] == 0
-        return observe(self.project)
+        assert self.watch()[0] == 0
+        return self.observe()
 
 
 @pytest.fixture(scope="module")
@@ -84,78 +86,19 @@ def scene(
     project.land(*second)
     shutil.copytree(project.workspace, folder / "before", symlinks=True)
     zygote = subprocess.Popen(
-        [sys.executable, "-m", "tests.killing", project.params_file],
+        [sys.executable, "-m", "tests.killing", str(project.folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     with zygote:
         made = Scene(project, folder / "before", zygote)
-        status, made.calls = made.watch(0)
+        status, made.calls = made.watch()
         assert status == 0
-        made.outcome = observe(project)
+        made.outcome = made.observe()
         yield made
         assert zygote.stdin
         zygote.stdin.close()
-
-
-def observe(project: Project) -> dict[str, Any]:
-    """All that the service leaves behind, less what holds the time of day or a random name."""
-    return {
-        **dict(_records(project.workspace / "records")),
-        **{f"models/{name}": found for name, found in _hashes(project.workspace / "models")},
-        "left over": sorted(path.name for path in (project.workspace / "tmp").iterdir()),
-        "tags": {tag: project.git("rev-parse", f"{tag}^{{tree}}") for tag in _tags(project)},
-        "commits": project.git("log", "--format=%s", "main").splitlines(),
-        "uncommitted": project.git("status", "--porcelain"),
-        "versions": project.versions(),
-        "aliases": project.aliases(),
-        **_mlflow(project),
-    }
-
-
-def _records(folder: Path) -> Iterator[tuple[str, object]]:
-    for name, content in _hashes(folder):
-        if name.endswith(".json"):
-            values = json.loads((folder / name).read_text())
-            yield name, {key: value for key, value in values.items() if key != "commit"}
-        else:
-            yield name, content
-
-
-def _hashes(folder: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-            yield str(path.relative_to(folder)), content
-
-
-def _tags(project: Project) -> list[str]:
-    return project.git("tag").split()
-
-
-def _mlflow(project: Project) -> dict[str, Any]:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=project.mlflow_uri, registry_uri=project.mlflow_uri)
-    experiment = client.get_experiment_by_name("trial")
-    assert experiment is not None
-    found: dict[str, Any] = {}
-    for model in client.search_logged_models([experiment.experiment_id]):
-        name = f"model {model.tags['ckptfuse.fusion']}"
-        assert name not in found, "two logged models of one fusion"
-        folder = Path(model.artifact_location.removeprefix("file://"))
-        found[name] = str(model.status)
-        for file, content in _hashes(folder):
-            found[f"{name} {file}"] = "" if file == "MLmodel" else content  # it holds a time
-    for run in client.search_runs([experiment.experiment_id]):
-        name = f"run {run.info.run_name}"
-        assert name not in found, "two runs of one name"
-        found[name] = run.info.status
-        for metric in run.data.metrics:
-            history = client.get_metric_history(run.info.run_id, metric)
-            found[f"{name} {metric}"] = sorted((point.step, point.value) for point in history)
-    return found
 
 
 @pytest.mark.parametrize("call", SEAMS)

@@ -296,7 +296,7 @@ def _print_commands(service: Service, seen: Overview) -> None:
         "print(pipe('def main(', max_new_tokens=20)[0]['generated_text'])"
     )
     page = (root / "report" / "index.html").as_uri()
-    again = quote(str(root / "again"))
+    again, ledger = quote(str(root / "again")), quote(str(root / "ledger"))
     cache = quote(str(root / "ledger" / ".dvc" / "cache"))
     commands = {
         "Put the installed commands on the path": [
@@ -307,8 +307,7 @@ def _print_commands(service: Service, seen: Overview) -> None:
         "Open the report": [f"python -m webbrowser {page}"],
         "See that nothing is left to do": ["ckptfuse watch --once"],
         "Make the same bytes again with DVC": [
-            "git -c advice.detachedHead=false clone --quiet "
-            f"--branch {tag} {quote(str(root / 'ledger'))} {again}",
+            f"git -c advice.detachedHead=false clone --quiet --branch {tag} {ledger} {again}",
             f"cd {again}",
             f"dvc cache dir --local {cache} && dvc checkout corpus.dvc",
             "dvc repro --force && dvc status",
