@@ -280,7 +280,7 @@ def _check_settled(entries: list[Entry], conventions: Conventions, *, local: boo
 def _read_config(store: Store) -> Mapping[str, object]:
     try:
         config = json.loads(store.read(CONFIG))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{store.uri}/{CONFIG}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise DamagedCheckpoint(f"{store.uri}/{CONFIG}: not a JSON object")

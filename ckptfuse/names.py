@@ -1,6 +1,7 @@
 """What a checkpoint's name says: step, stage and tokens, by one table of conventions."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptfuse.errors import ConfigurationError
@@ -36,15 +37,21 @@ def parse_name(name: str, pattern: str | None = None) -> ParsedName | None:
     for convention in [pattern] if pattern else CONVENTIONS:
         match = re.fullmatch(convention, name)
         if match:
-            groups = match.groupdict()
-            tokens = groups.get("tokens")
-            unit = _UNITS[groups.get("unit") or ""]
-            return ParsedName(
-                step=int(groups["step"]),
-                stage=groups.get("stage"),
-                tokens=None if tokens is None else round(float(tokens) * unit),
-            )
+            return _parsed(match.groupdict())
     return None
+
+
+def _parsed(groups: Mapping[str, str | None]) -> ParsedName | None:
+    """None where a pattern as wide as ``(?P<step>.+)`` caught something that is no number."""
+    tokens, unit = groups.get("tokens"), groups.get("unit") or ""
+    try:
+        return ParsedName(
+            step=int(groups["step"] or ""),
+            stage=groups.get("stage"),
+            tokens=None if tokens is None else round(float(tokens) * _UNITS[unit.upper()]),
+        )
+    except (ValueError, KeyError, OverflowError):
+        return None
 
 
 def check_pattern(pattern: str) -> str:

@@ -164,7 +164,7 @@ def read_index(store: Store, path: str) -> dict[str, str]:
         files = set(weight_map.values())
     except MissingFile:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where}: not a weight index: {error!r}") from error
     for file in files:
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):

@@ -1,196 +1,369 @@
-"""When a folder of the bucket counts as a checkpoint, and what its identity rests on."""
+"""When a folder counts as a checkpoint, and what its identity covers."""
 
 import json
-import shutil
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from ckptfuse.checkpoints import Conventions, Listing, find, open_checkpoint, read_layout
-from ckptfuse.errors import ChangedCheckpoint, DamagedCheckpoint, NonFiniteValues
-from ckptfuse.reading import fingerprint_of, load
-from ckptfuse.store import FolderStore, S3Store
-from tests.helpers import make_older, write_checkpoint
+from ckptfuse.checkpoints import (
+    Conventions,
+    Listing,
+    check_bucket_uri,
+    find,
+    open_checkpoint,
+    read_layout,
+)
+from ckptfuse.errors import (
+    ChangedCheckpoint,
+    ConfigurationError,
+    DamagedCheckpoint,
+    IncompleteCheckpoint,
+    MissingFile,
+)
+from ckptfuse.reading import fingerprint_of
+from ckptfuse.store import FolderStore, open_store
+from tests.helpers import CONFIG, make_older, write_checkpoint
 from tests.unit.conftest import S3Server
 
-TENSORS = {"a": torch.ones(3, 4), "b": torch.arange(5.0), "c": torch.zeros(2)}
+TENSORS = {"a": torch.ones(3), "b": torch.zeros(2, 2), "c": torch.tensor(1.0)}
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"
+WEIGHTS = "model.safetensors"
 
 
 def look(bucket: Path, **conventions: object) -> Listing:
     return find(FolderStore(bucket), Conventions(**conventions))  # type: ignore[arg-type]
 
 
-def names(listing: Listing) -> list[str]:
-    return [checkpoint.name for checkpoint in listing.complete]
+def reason(bucket: Path, **conventions: object) -> str:
+    """Why the bucket's only folder does not count yet."""
+    listing = look(bucket, **conventions)
+    assert not listing.complete
+    assert not listing.damaged
+    (refused,) = listing.incomplete
+    return refused.reason
 
 
-def test_complete_checkpoints_come_in_the_order_of_their_steps(tmp_path: Path) -> None:
-    for step in (100, 20, 3):
-        write_checkpoint(tmp_path / f"checkpoint-{step}", TENSORS)
-    assert names(look(tmp_path)) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+def damage(bucket: Path) -> str:
+    """Why the bucket's only folder never will."""
+    listing = look(bucket, settle_seconds=0)
+    assert not listing.complete
+    assert not listing.incomplete
+    (refused,) = listing.damaged
+    assert refused.checkpoint.signature
+    return refused.reason
 
 
-def test_sharded_and_single_checkpoints_of_the_same_tensors_have_one_architecture(
+def signature_and_fingerprint(folder: Path) -> tuple[str, str]:
+    checkpoint = open_checkpoint(str(folder))
+    return checkpoint.signature, fingerprint_of(checkpoint)
+
+
+# -- complete or not ---------------------------------------------------------------------------
+
+
+def test_complete_checkpoints_are_listed_by_step_with_what_their_names_say(tmp_path: Path) -> None:
+    for name in ("stage1-step1000-tokens4B", "stage1-step200-tokens1B"):
+        write_checkpoint(tmp_path / name, TENSORS)
+    listing = look(tmp_path)
+    assert [(c.step, c.stage, c.tokens) for c in listing.complete] == [
+        (200, "stage1", 10**9),
+        (1000, "stage1", 4 * 10**9),
+    ]
+    assert listing.incomplete == listing.damaged == ()
+
+
+def test_what_has_no_checkpoints_name_is_not_looked_at(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint-100", TENSORS)
+    write_checkpoint(tmp_path / "runs" / "checkpoint-300", TENSORS)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "checkpoint-200").write_text("a file and no folder")
+    listing = look(tmp_path)
+    assert [c.name for c in listing.complete] == ["checkpoint-100"]
+    assert listing.incomplete == listing.damaged == ()
+
+
+def test_a_sharded_checkpoint_counts_when_its_last_shard_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS, shards=3)
+    shard = (folder / SHARD).read_bytes()
+    (folder / SHARD).unlink()
+    assert f"1 of 3 shards are missing, first {SHARD}" in reason(tmp_path)
+    (folder / SHARD).write_bytes(shard)
+    make_older(folder, 100)
+    assert [c.step for c in look(tmp_path).complete] == [100]
+
+
+def test_a_shard_shorter_than_its_header_says_is_still_being_written(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS, shards=3)
+    whole = (folder / SHARD).read_bytes()
+    for length in (0, 4, 8, 60, len(whole) - 1):
+        (folder / SHARD).write_bytes(whole[:length])
+        make_older(folder, 100)
+        assert SHARD in reason(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"), [("config.json", "no config.json yet"), (WEIGHTS, "no model.safetensors")]
+)
+def test_what_is_not_there_yet_is_named(tmp_path: Path, missing: str, said: str) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    (folder / missing).unlink()
+    assert said in reason(tmp_path)
+
+
+def test_files_must_have_been_quiet_for_a_while(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint-100", TENSORS, age=20)
+    assert "counts after 60 s of quiet" in reason(tmp_path, settle_seconds=60)
+    assert look(tmp_path, settle_seconds=10).complete
+
+
+def test_a_clock_that_runs_ahead_only_delays(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "checkpoint-100", TENSORS, age=-3600)
+    assert "last written 0 s ago" in reason(tmp_path)
+
+
+def test_a_file_beside_the_weights_that_is_still_written_holds_the_checkpoint_back(
     tmp_path: Path,
 ) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS)
-    write_checkpoint(tmp_path / "step2", TENSORS, shards=3)
-    assert len(set(look(tmp_path).architectures.values())) == 1
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    (folder / "optimizer.pt").write_bytes(b"half")
+    assert "of quiet" in reason(tmp_path)
 
 
-def test_other_folders_and_files_are_passed_over(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "runs", TENSORS)
-    write_checkpoint(tmp_path / "checkpoint-1" / "nested", TENSORS)
-    (tmp_path / "step5").write_text("a file")
+def test_the_trainers_state_file_ends_the_wait_where_nothing_is_newer(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS, age=5)
+    (folder / "trainer_state.json").write_text("{}")
+    assert look(tmp_path).complete
+    now = time.time() + 2
+    (folder / "optimizer.pt").write_bytes(b"later")
+    os.utime(folder / "optimizer.pt", (now, now))
+    assert "of quiet" in reason(tmp_path)
+
+
+def test_a_marker_of_the_teams_own_decides_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    assert reason(tmp_path, marker="DONE") == "waiting for the marker file 'DONE'"
+    (folder / "DONE").touch()
+    assert look(tmp_path, marker="DONE").complete
+
+
+def test_a_marker_over_a_missing_shard_does_not_make_it_complete(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS, shards=3)
+    (folder / SHARD).unlink()
+    (folder / "DONE").touch()
+    assert "1 of 3 shards" in reason(tmp_path, marker="DONE")
+
+
+def test_a_half_written_checkpoint_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    for step in (100, 200, 300):
+        write_checkpoint(tmp_path / f"checkpoint-{step}", TENSORS)
+    (tmp_path / "checkpoint-200" / WEIGHTS).write_bytes(b"")
+    make_older(tmp_path / "checkpoint-200", 100)
     listing = look(tmp_path)
-    assert names(listing) == []
-    assert listing.damaged == ()
+    assert [c.step for c in listing.complete] == [100, 300]
+    assert [r.checkpoint.step for r in listing.incomplete] == [200]
 
 
-@pytest.mark.parametrize("lacking", ["config.json", "model-00002-of-00003.safetensors"])
-def test_a_checkpoint_that_lacks_a_file_is_not_there_yet(tmp_path: Path, lacking: str) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS, shards=3)
-    (tmp_path / "step1" / lacking).unlink()
-    listing = look(tmp_path)
-    assert names(listing) == []
-    assert lacking.removesuffix(".safetensors") in listing.incomplete[0].reason
+# -- damage ------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_without_weights_is_not_there_yet(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS)
-    (tmp_path / "step1" / "model.safetensors").unlink()
-    assert "no model.safetensors" in look(tmp_path).incomplete[0].reason
-
-
-@pytest.mark.parametrize("length", [0, 4, 60, -1])
-def test_a_file_that_is_shorter_than_its_header_says_is_not_there_yet(
-    tmp_path: Path, length: int
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (WEIGHTS, b"\xff" * 64, "claims a header"),
+        (WEIGHTS, b"\x10" + b"\0" * 7 + b"this is no JSON!", "header is damaged"),
+        ("config.json", b'{"model_type":', "not JSON"),
+        ("config.json", b"\xff\xfe\xfa", "not JSON"),
+        ("config.json", b"[" * 100_000, "not JSON"),
+        ("config.json", b"[]", "not a JSON object"),
+    ],
+)
+def test_a_damaged_file_is_a_reason_and_no_exception(
+    tmp_path: Path, file: str, content: bytes, said: str
 ) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS)
-    file = tmp_path / "step1" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:length])
-    make_older(tmp_path / "step1", 3600)
-    listing = look(tmp_path)
-    assert names(listing) == []
-    assert len(listing.incomplete) == 1
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    (folder / file).write_bytes(content)
+    assert said in damage(tmp_path)
 
 
-def test_a_damaged_header_is_told_and_the_others_count(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS)
-    write_checkpoint(tmp_path / "step2", TENSORS)
-    with (tmp_path / "step1" / "model.safetensors").open("r+b") as file:
-        file.write(b"\xff" * 8)
-    make_older(tmp_path / "step1", 3600)
-    listing = look(tmp_path)
-    assert names(listing) == ["step2"]
-    assert "claims a header" in listing.damaged[0].reason
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        (b"{}", "not a weight index"),
+        (b"[" * 100_000, "not a weight index"),
+        (b'{"weight_map": {"a": "../../etc/passwd"}}', "points outside"),
+        (b'{"weight_map": {"z": "model-00001-of-00003.safetensors"}}', "does not hold it"),
+    ],
+)
+def test_a_damaged_index_is_a_reason_and_no_exception(
+    tmp_path: Path, index: bytes, said: str
+) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS, shards=3)
+    (folder / INDEX).write_bytes(index)
+    assert said in damage(tmp_path)
 
 
-def test_a_fresh_checkpoint_must_have_been_quiet_for_a_while(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS, age=5)
-    assert "counts after 30 s of quiet" in look(tmp_path).incomplete[0].reason
-    assert names(look(tmp_path, settle_seconds=4)) == ["step1"]
+def test_a_tensor_that_lies_in_two_shards_is_damage(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS, shards=3)
+    (folder / SHARD).write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
+    assert "lies in two of its files" in damage(tmp_path)
 
 
-def test_the_trainers_state_written_last_ends_the_wait(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS, age=5)
-    (tmp_path / "step1" / "trainer_state.json").write_text("{}")
-    assert names(look(tmp_path)) == ["step1"]
+def test_a_single_file_is_taken_before_an_index_as_transformers_does(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS, shards=3)
+    write_checkpoint(folder, {"a": torch.ones(3)})
+    layout = read_layout(open_checkpoint(str(folder)))
+    assert list(layout.tensors) == ["a"]
 
 
-def test_a_file_after_the_trainers_state_starts_the_wait_again(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS, age=5)
-    (tmp_path / "step1" / "trainer_state.json").write_text("{}")
-    make_older(tmp_path / "step1", 5)
-    (tmp_path / "step1" / "optimizer.pt").write_bytes(b"x")
-    assert names(look(tmp_path)) == []
+def test_headers_of_known_checkpoints_are_not_read_again(tmp_path: Path) -> None:
+    """Their weights are replaced by garbage of the same size and time: nobody notices."""
+    folder = tmp_path / "checkpoint-100"
+    checkpoint = write_checkpoint(folder, TENSORS)
+    stamp = (folder / WEIGHTS).stat()
+    (folder / WEIGHTS).write_bytes(b"\xff" * stamp.st_size)
+    os.utime(folder / WEIGHTS, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    again = look(tmp_path, known=frozenset({checkpoint.signature}))
+    assert again.complete == (checkpoint,)
+    assert again.architectures == {}
+    assert look(tmp_path).damaged
 
 
-def test_with_a_marker_only_the_marker_decides(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "step1", TENSORS)
-    assert "marker file 'DONE'" in look(tmp_path, marker="DONE").incomplete[0].reason
-    (tmp_path / "step1" / "DONE").touch()
-    assert names(look(tmp_path, marker="DONE")) == ["step1"]
+# -- identity ----------------------------------------------------------------------------------
 
 
-def test_optimizer_state_is_no_part_of_a_checkpoints_identity(tmp_path: Path) -> None:
-    before = write_checkpoint(tmp_path / "step1", TENSORS)
-    (tmp_path / "step1" / "optimizer.pt").write_bytes(b"large")
-    after = open_checkpoint(str(tmp_path / "step1"))
-    assert after.signature == before.signature
-    assert fingerprint_of(after) == fingerprint_of(before)
+@pytest.mark.parametrize("file", ["optimizer.pt", "optimizer.safetensors", "rng_state.pth", "log"])
+def test_optimizer_state_changes_neither_signature_nor_fingerprint(
+    tmp_path: Path, file: str
+) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    before = signature_and_fingerprint(folder)
+    (folder / file).write_bytes(b"\0" * 100)
+    assert signature_and_fingerprint(folder) == before
 
 
-def test_a_touched_file_changes_the_signature_and_not_the_fingerprint(tmp_path: Path) -> None:
-    before = write_checkpoint(tmp_path / "step1", TENSORS)
-    fingerprint = fingerprint_of(before)
-    make_older(tmp_path / "step1", 1800)
-    after = open_checkpoint(str(tmp_path / "step1"))
-    assert after.signature != before.signature
-    assert fingerprint_of(after) == fingerprint
+def test_touched_weights_change_the_signature_and_not_the_fingerprint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    signature, print_ = signature_and_fingerprint(folder)
+    make_older(folder, 50)
+    touched = signature_and_fingerprint(folder)
+    assert touched[0] != signature
+    assert touched[1] == print_
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_another_content_of_equal_size_is_another_fingerprint(tmp_path: Path, file: str) -> None:
-    before = fingerprint_of(write_checkpoint(tmp_path / "step1", TENSORS))
-    data = bytearray((tmp_path / "step1" / file).read_bytes())
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("tokenizer.json", b"{}"), ("generation_config.json", b"{}"), ("config.json", b'{"x": 1}')],
+)
+def test_files_that_travel_with_the_weights_are_part_of_both(
+    tmp_path: Path, file: str, content: bytes
+) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    before = signature_and_fingerprint(folder)
+    (folder / file).write_bytes(content)
+    after = signature_and_fingerprint(folder)
+    assert after[0] != before[0]
+    assert after[1] != before[1]
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "config.json"])
+def test_one_changed_bit_is_another_fingerprint(tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "checkpoint-100"
+    before = fingerprint_of(write_checkpoint(folder, TENSORS))
+    data = bytearray((folder / file).read_bytes())
     data[-2] ^= 1
-    (tmp_path / "step1" / file).write_bytes(data)
-    assert fingerprint_of(open_checkpoint(str(tmp_path / "step1"))) != before
+    (folder / file).write_bytes(data)
+    assert fingerprint_of(open_checkpoint(str(folder))) != before
 
 
-def test_a_fingerprint_is_the_same_from_s3_and_however_it_was_read(
+def test_a_copy_under_another_name_has_the_same_fingerprint(tmp_path: Path) -> None:
+    first = write_checkpoint(tmp_path / "checkpoint-100", TENSORS)
+    second = write_checkpoint(tmp_path / "checkpoint-200", TENSORS)
+    assert first.signature != second.signature
+    assert fingerprint_of(first) == fingerprint_of(second)
+
+
+def test_a_fingerprint_is_the_same_in_a_folder_and_in_a_bucket(
     tmp_path: Path, moto_s3: S3Server
 ) -> None:
-    local = write_checkpoint(tmp_path / "step1", TENSORS, shards=2)
-    remote = S3Store("bucket", f"{tmp_path.name}/step1")
-    for path in (tmp_path / "step1").iterdir():
-        remote.write(path.name, path.read_bytes())
-    assert fingerprint_of(open_checkpoint(remote.uri)) == fingerprint_of(local)
-    assert load(local).fingerprint == fingerprint_of(local)
+    local = write_checkpoint(tmp_path / "checkpoint-100", TENSORS, shards=3)
+    remote = open_store(f"s3://bucket/{tmp_path.name}/checkpoint-100")
+    for entry in local.files:
+        remote.write(entry.path, local.store().read(entry.path))
+    listing = find(open_store(f"s3://bucket/{tmp_path.name}"), Conventions(settle_seconds=0))
+    (found,) = listing.complete
+    assert fingerprint_of(found) == fingerprint_of(local)
+    assert list(listing.architectures.values()) == [read_layout(local).architecture]
 
 
-def test_loading_gives_the_tensors_that_were_saved(tmp_path: Path) -> None:
-    loaded = load(write_checkpoint(tmp_path / "step1", TENSORS, shards=2)).state_dict
-    assert loaded.keys() == TENSORS.keys()
-    assert all(torch.equal(loaded[name], values) for name, values in TENSORS.items())
+def test_architecture_knows_names_shapes_and_dtypes_and_no_values(tmp_path: Path) -> None:
+    def architecture(name: str, **changes: torch.Tensor) -> str:
+        return read_layout(write_checkpoint(tmp_path / name, {**TENSORS, **changes})).architecture
+
+    usual = architecture("usual")
+    assert architecture("values", a=torch.full((3,), 9.0)) == usual
+    sharded = write_checkpoint(tmp_path / "sharded", TENSORS, shards=3)
+    assert read_layout(sharded).architecture == usual
+    assert architecture("shape", a=torch.ones(4)) != usual
+    assert architecture("dtype", a=torch.ones(3, dtype=torch.bfloat16)) != usual
+    assert architecture("names", d=torch.ones(1)) != usual
 
 
-def test_nan_is_named_by_checkpoint_and_tensor(tmp_path: Path) -> None:
-    bad = {**TENSORS, "b": torch.tensor([1.0, float("nan"), float("inf")])}
-    with pytest.raises(NonFiniteValues, match=r"step1: tensor 'b' has 2 NaN or Inf values of 3"):
-        load(write_checkpoint(tmp_path / "step1", bad))
+# -- opening by hand ---------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_was_written_again_is_not_mistaken_for_the_listed_one(
-    tmp_path: Path,
-) -> None:
-    listed = write_checkpoint(tmp_path / "step1", TENSORS)
-    make_older(tmp_path / "step1", 60)
-    with pytest.raises(ChangedCheckpoint):
-        fingerprint_of(listed)
-    with pytest.raises(ChangedCheckpoint):
-        open_checkpoint(listed.uri, listed.signature)
+def test_a_checkpoint_written_again_since_it_was_listed_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    listed = write_checkpoint(folder, TENSORS)
+    assert open_checkpoint(str(folder), listed.signature) == listed
+    write_checkpoint(folder, {**TENSORS, "c": torch.tensor(2.0)}, age=50)
+    with pytest.raises(ChangedCheckpoint, match="written again"):
+        open_checkpoint(str(folder), listed.signature)
 
 
-def test_an_index_that_names_a_tensor_in_the_wrong_shard_is_damage(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "step1", TENSORS, shards=2)
-    index = tmp_path / "step1" / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"]["a"] = content["weight_map"]["b"]
-    index.write_text(json.dumps(content))
-    with pytest.raises(DamagedCheckpoint, match="which does not hold it"):
-        read_layout(open_checkpoint(checkpoint.uri))
+def test_any_folder_with_a_model_opens_whatever_its_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "my-model", TENSORS)
+    assert open_checkpoint(str(tmp_path / "my-model")).step == 0
+    assert open_checkpoint(f"file://{tmp_path}/my-model/").name == "my-model"
 
 
-def test_a_known_checkpoint_is_not_looked_into_again(tmp_path: Path) -> None:
-    """Its header is overwritten under the same size and time: nobody reads it."""
-    known = write_checkpoint(tmp_path / "step1", TENSORS)
-    file = tmp_path / "step1" / "model.safetensors"
-    kept = tmp_path / "kept"
-    shutil.copy2(file, kept)
-    file.write_bytes(b"\xff" * kept.stat().st_size)
-    shutil.copystat(kept, file)
-    assert names(look(tmp_path, known={known.signature})) == ["step1"]
-    assert names(look(tmp_path)) == []
+def test_an_empty_folder_and_one_without_weights_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingFile, match="no files there"):
+        open_checkpoint(str(tmp_path / "empty"))
+    (tmp_path / "empty" / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(IncompleteCheckpoint, match="no model.safetensors"):
+        open_checkpoint(str(tmp_path / "empty"))
+
+
+def test_a_layout_of_damaged_weights_names_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-100"
+    write_checkpoint(folder, TENSORS)
+    (folder / WEIGHTS).write_bytes(b"\xff" * 64)
+    with pytest.raises(DamagedCheckpoint, match=f"{folder}/{WEIGHTS}"):
+        read_layout(open_checkpoint(str(folder)))
+
+
+def test_no_bucket_at_all_says_how_to_name_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="CKPTFUSE_BUCKET"):
+        check_bucket_uri(None)
+    assert check_bucket_uri("s3://b/p") == "s3://b/p"
+    assert check_bucket_uri(str(tmp_path / "x" / ".." / "y")) == str(tmp_path / "y")
