@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ckptfuse.gate import best_member
 from ckptfuse.losses import Estimate, Losses, combine
-from ckptfuse.pipeline import Service, losses_of
 from ckptfuse.records import PlanRecord
+from ckptfuse.service import Service, losses_of
 
 MODELS = ("fusion", "best", "newest")
 

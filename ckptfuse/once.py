@@ -1,7 +1,7 @@
 """Score or merge by hand: no service, no parameters file, no records that stay."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.fusion import FusionSpec, check_weights
 from ckptfuse.params import CorpusParams, Domain, ScoringParams
-from ckptfuse.protocol import BlockSet, CheckpointModel, Input, Request, score_key
+from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
 from ckptfuse.records import DomainScore, Records, ScoreRecord
 from ckptfuse.scoring import numerics, run_job
 from ckptfuse.store import FolderStore, open_store
@@ -41,6 +41,7 @@ def score_once(
     block_length: int | None = None,
     bos: str = "document",
     device: str = "auto",
+    progress: Callable[[Event], None] = lambda event: None,
 ) -> HandScore:
     """Score one checkpoint on JSONL files, all of their text unless ``split`` is given.
 
@@ -71,7 +72,7 @@ def score_once(
             records=records.store.uri,
             batch_tokens=params.batch_tokens,
         )
-        (answer,) = run_job(request)
+        (answer,) = run_job(request, progress=progress)
         if answer.failed is not None or answer.fingerprint is None:
             raise CkptfuseError(answer.failed.reason if answer.failed else "nothing was scored")
         key = score_key(model_id=answer.fingerprint, blocks=name, numerics=request.numerics)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from ckptfuse.corpus import Split
 from ckptfuse.gate import best_member
 from ckptfuse.losses import combine
-from ckptfuse.pipeline import Service
 from ckptfuse.promotion import champion
 from ckptfuse.records import (
     CheckpointRecord,
@@ -17,6 +16,7 @@ from ckptfuse.records import (
     QuarantineRecord,
     SkipRecord,
 )
+from ckptfuse.service import Service
 
 
 @dataclass(frozen=True, slots=True)

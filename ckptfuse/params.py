@@ -119,7 +119,13 @@ class WatchParams(Section):
     marker: str | None = None
     pattern: str | None = None
 
-    _pattern = field_validator("pattern")(lambda value: value and check_pattern(value))
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_finds_a_step(cls, pattern: str | None) -> str | None:
+        try:
+            return pattern and check_pattern(pattern)
+        except ConfigurationError as error:  # pydantic adds the key only to a ValueError
+            raise ValueError(str(error)) from error
 
 
 class MlflowParams(Section):
@@ -208,10 +214,10 @@ def load_params(path: Path | None = None) -> Params:
             "--params or CKPTFUSE_PARAMS"
         )
     try:
-        values = yaml.safe_load(file.read_text()) or {}
+        values = yaml.safe_load(file.read_bytes()) or {}
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{file}: not YAML: {error}") from error
-    if not isinstance(values, dict):
+    if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
         raise ConfigurationError(f"{file}: a mapping of sections was expected")
     try:
         params = Params(**values)

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ckptfuse.pipeline import Service, losses_of, score_fusion, target_loss
 from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord
+from ckptfuse.service import Service, losses_of, target_loss
+from ckptfuse.steps.score import score_fusion
 
 
 def champion(service: Service) -> PromotionRecord | None:

@@ -74,7 +74,7 @@ def generation_of(
 def windows(healthy: Sequence[CheckpointRecord], params: WindowParams) -> list[Window]:
     """Every window of a trajectory, in the order of training."""
     starts = _generation_starts(healthy)
-    ordered = sorted(healthy, key=lambda record: (record.generation, record.step))
+    ordered = _in_order(healthy)
     found = []
     for newest in ordered:
         members = tuple(
@@ -83,6 +83,15 @@ def windows(healthy: Sequence[CheckpointRecord], params: WindowParams) -> list[W
         if len(members) >= params.minimum:
             found.append(Window(members))
     return found
+
+
+def _in_order(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
+    """By training; the same bytes of one step under two names (a copy) count once."""
+    ordered = sorted(records, key=lambda record: (record.generation, record.step, record.name))
+    first: dict[tuple[str, int], CheckpointRecord] = {}
+    for record in ordered:
+        first.setdefault((record.fingerprint, record.step), record)
+    return list(first.values())
 
 
 def _generation_starts(records: Iterable[CheckpointRecord]) -> dict[int, int]:

@@ -106,7 +106,7 @@ def _look_and_go_on(watch_flow: object, file: str) -> None:
 def _preflight(params: "Params") -> None:
     """Tell of a wrong bucket, corpus or rule before any server starts."""
     from ckptfuse.checkpoints import check_bucket_uri
-    from ckptfuse.pipeline import open_service
+    from ckptfuse.service import open_service
     from ckptfuse.store import open_store
 
     open_service(params).scorer.corpus_digest()
@@ -164,7 +164,7 @@ def status(params: ParamsOption = None) -> None:
     """Show what is known of the trajectory: checkpoints, fusions, verdicts."""
     loaded, _ = _load(params)
     from ckptfuse.overview import overview
-    from ckptfuse.pipeline import open_service
+    from ckptfuse.service import open_service
     from flows.show import table
 
     seen = overview(open_service(loaded))
@@ -177,8 +177,8 @@ def status(params: ParamsOption = None) -> None:
 def report(params: ParamsOption = None) -> None:
     """Write the report page and print its path."""
     loaded, _ = _load(params)
-    from ckptfuse.pipeline import open_service
     from ckptfuse.report.page import write_report
+    from ckptfuse.service import open_service
 
     stdout.print(str(write_report(open_service(loaded))), markup=False)
 
@@ -213,17 +213,19 @@ def score(
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigurationError(f"--device {device!r}: auto, cpu or cuda is expected")
     from ckptfuse.once import score_once
-    from flows.show import print_score
+    from flows.show import print_score, scoring_bar
 
-    result = score_once(
-        checkpoint,
-        corpora,
-        split=split,  # type: ignore[arg-type]
-        tokenizer=tokenizer,
-        block_length=block_length,
-        bos=bos,
-        device=device,
-    )
+    with scoring_bar(stderr) as progress:
+        result = score_once(
+            checkpoint,
+            corpora,
+            split=split,  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+            block_length=block_length,
+            bos=bos,
+            device=device,
+            progress=progress,
+        )
     print_score(result, checkpoint, stdout=stdout, stderr=stderr, as_json=as_json)
 
 

@@ -7,7 +7,6 @@ from prefect import flow
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues
 from ckptfuse.params import load_params
-from ckptfuse.pipeline import Service, load_state, open_service
 from ckptfuse.plan import Fuse, Quarantine, Skip
 from ckptfuse.records import (
     CheckpointRecord,
@@ -17,6 +16,8 @@ from ckptfuse.records import (
     PlanRecord,
     PublicationRecord,
 )
+from ckptfuse.service import Service, open_service
+from ckptfuse.steps.look import load_state
 from ckptfuse.window import Window, window_key, windows
 from tasks.discover import discover, quarantine, skip
 from tasks.fuse import decide_weights, judge_fusion, merge_fusion

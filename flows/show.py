@@ -1,12 +1,17 @@
 """What the command line prints: tables for people, JSON for programs."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ckptfuse.once import HandScore
 from ckptfuse.overview import Overview
+from ckptfuse.protocol import Event, Progress
 
 _STYLES = {"champion": "bold green", "published": "green", "declined": "yellow", "skipped": "dim"}
 
@@ -35,6 +40,20 @@ def table(seen: Overview, title: str = "Loss on report text, nats per token") ->
             f"[{style}]{row.verdict}[/{style}]" if style else row.verdict,
         )
     return drawn
+
+
+@contextmanager
+def scoring_bar(stderr: Console) -> Iterator[Callable[[Event], None]]:
+    """On a terminal, a bar with the time left; fed by the events of a scoring job."""
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("blocks", total=None)
+
+        def show(event: Event) -> None:
+            if isinstance(event, Progress):
+                bar.update(task, completed=event.done, total=event.total)
+
+        yield show
 
 
 def print_score(

@@ -12,9 +12,10 @@ from prefect import flow
 from ckptfuse.checkpoints import Listing
 from ckptfuse.errors import PublicationError
 from ckptfuse.params import load_params
-from ckptfuse.pipeline import Service, load_state, open_service
 from ckptfuse.plan import Actions
 from ckptfuse.records import GateRecord
+from ckptfuse.service import Service, open_service
+from ckptfuse.steps.look import load_state
 from flows.environment import prepare
 from flows.fuse import fuse, publish_window
 from tasks.discover import discover, plan_actions, quarantine, skip

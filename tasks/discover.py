@@ -3,10 +3,10 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ckptfuse import pipeline
 from ckptfuse.checkpoints import Listing
-from ckptfuse.pipeline import Service
 from ckptfuse.plan import Actions, Quarantine, Skip
+from ckptfuse.service import Service
+from ckptfuse.steps import look
 from tasks.log import log
 from tasks.retries import transient
 
@@ -14,24 +14,24 @@ from tasks.retries import transient
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=transient)
 def discover(service: Service) -> Listing:
     """List the bucket."""
-    return pipeline.discover(service)
+    return look.discover(service)
 
 
 @task(cache_policy=NO_CACHE)
 def plan_actions(service: Service, listing: Listing, held: frozenset[str], live: bool) -> Actions:
     """Compare the listing with the records."""
-    return pipeline.next_actions(service, listing, held, live=live)
+    return look.next_actions(service, listing, held, live=live)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="quarantine {item.checkpoint.name}")
 def quarantine(service: Service, item: Quarantine) -> None:
     """Set a checkpoint aside for good."""
-    pipeline.quarantine(service, item)
+    look.quarantine(service, item)
     log.warning("%s is quarantined: %s", item.checkpoint.name, item.reason)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="skip step {item.step}")
 def skip(service: Service, item: Skip) -> None:
     """Record that a window is not fused."""
-    pipeline.skip(service, item)
+    look.skip(service, item)
     log.info("step %d is not fused: %s", item.step, item.reason)

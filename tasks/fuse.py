@@ -3,17 +3,17 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ckptfuse import pipeline
-from ckptfuse.pipeline import Service
 from ckptfuse.plan import Fuse
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
+from ckptfuse.service import Service
+from ckptfuse.steps import judge, merge, weigh
 from tasks.log import log
 
 
 @task(cache_policy=NO_CACHE, task_run_name="weigh step {item.window.step}")
 def decide_weights(service: Service, item: Fuse) -> PlanRecord:
     """Ask the rule for the window's weights."""
-    decided = pipeline.decide_weights(service, item)
+    decided = weigh.decide_weights(service, item)
     shares = ", ".join(f"{m.step}: {m.weight:.3f}" for m in decided.members if m.weight)
     notes = ", ".join(f"{name} {value:.4f}" for name, value in decided.notes.items())
     log.info("weights at step %d by %s: %s (%s)", decided.step, decided.rule, shares, notes)
@@ -23,12 +23,12 @@ def decide_weights(service: Service, item: Fuse) -> PlanRecord:
 @task(cache_policy=NO_CACHE, task_run_name="merge step {decided.step}")
 def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
     """Merge the window into the workspace."""
-    return pipeline.merge_fusion(service, decided)
+    return merge.merge_fusion(service, decided)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="judge step {decided.step}")
 def judge_fusion(service: Service, decided: PlanRecord) -> GateRecord:
     """Compare on audit text."""
-    verdict = pipeline.judge_fusion(service, decided)
+    verdict = judge.judge_fusion(service, decided)
     log.info("step %d: %s: %s", decided.step, verdict.verdict, verdict.reason)
     return verdict

@@ -20,10 +20,10 @@ import yaml
 
 from ckptfuse.errors import PublicationError
 from ckptfuse.params import Params
-from ckptfuse.pipeline import Service
 from ckptfuse.processes import end_with_parent
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
+from ckptfuse.service import Service
 from ckptfuse.store import open_store, read_uri, remove_folder
 from tasks import stages
 from tasks.window_file import WindowFile

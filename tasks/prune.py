@@ -5,9 +5,9 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ckptfuse.pipeline import Service
 from ckptfuse.promotion import champion
 from ckptfuse.records import FusionRecord, GateRecord, PruneRecord, PublicationRecord
+from ckptfuse.service import Service
 from ckptfuse.store import remove_folder
 from tasks.log import log
 

@@ -4,9 +4,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.errors import CkptfuseError, PublicationError
-from ckptfuse.pipeline import Service
 from ckptfuse.promotion import decide_promotion
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord, PublicationRecord
+from ckptfuse.service import Service
 from tasks.ledger import LedgerEntry
 from tasks.log import log
 from tasks.registry import Registry

@@ -16,8 +16,8 @@ from typing import Any
 from ckptfuse.errors import PublicationError
 from ckptfuse.evaluation import evaluate
 from ckptfuse.gate import best_member
-from ckptfuse.pipeline import Service, losses_of, target_loss
 from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, PlanRecord, ScoreRecord
+from ckptfuse.service import Service, losses_of, target_loss
 from tasks.ledger import LedgerEntry, link_tree
 
 FUSION_TAG = "ckptfuse.fusion"

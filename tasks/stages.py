@@ -12,16 +12,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckptfuse import pipeline
 from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, ConfigurationError
 from ckptfuse.evaluation import Evaluation, evaluate
 from ckptfuse.params import load_params
-from ckptfuse.pipeline import Service
 from ckptfuse.protocol import CheckpointModel, Input
 from ckptfuse.reading import fingerprint_of
 from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, Member, PlanRecord
 from ckptfuse.score_files import export_scores, import_scores
+from ckptfuse.service import Service, losses_of, target_loss
+from ckptfuse.steps.judge import verdict_on
+from ckptfuse.steps.merge import make_fusion
+from ckptfuse.steps.score import score_fusion
+from ckptfuse.steps.weigh import spec_of, weigh
 from ckptfuse.store import remove_folder
 from ckptfuse.window import Window
 from ckptfuse.workspace import Workspace
@@ -71,12 +74,10 @@ def decide() -> None:
         members = tuple(_checkpoint_record(member, window) for member in pinned.members)
         source = service.scorer.tokenizer(members[-1].uri)
         losses = [
-            pipeline.target_loss(
-                service, pipeline.losses_of(service, m.fingerprint, source.digest, "selection")
-            )
+            target_loss(service, losses_of(service, m.fingerprint, source.digest, "selection"))
             for m in members
         ]
-        answer = pipeline.weigh(service, Window(members), losses, source)
+        answer = weigh(service, Window(members), losses, source)
     for member, weight in zip(pinned.members, answer.weights, strict=True):
         if abs(member.weight - weight) > WEIGHT_TOLERANCE:
             raise CkptfuseError(
@@ -91,10 +92,10 @@ def fuse() -> None:
     """``model/``: the merge with the pinned weights."""
     with _bench() as (service, _, pinned):
         weights = json.loads(DECISION.read_text())["weights"]
-        spec = pipeline.spec_of(service, pinned.members, list(weights.values()))
+        spec = spec_of(service, pinned.members, list(weights.values()))
         opened = [_open_pinned(member) for member in pinned.members]
         remove_folder(MODEL)
-        pipeline.make_fusion(spec, opened, MODEL)
+        make_fusion(spec, opened, MODEL)
 
 
 def evaluate_stage() -> None:
@@ -106,8 +107,8 @@ def evaluate_stage() -> None:
         )
         source = service.scorer.tokenizer(fusion.folder)
         on_files = pinned.model_copy(update={"tokenizer": source.digest})
-        pipeline.score_fusion(service, on_files, fusion)
-        verdict = pipeline.verdict_on(service, on_files, test=window.fusion.gate_test)
+        score_fusion(service, on_files, fusion)
+        verdict = verdict_on(service, on_files, test=window.fusion.gate_test)
         write_metrics(service, on_files, verdict, Path())
 
 
@@ -135,10 +136,8 @@ def write_metrics(
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(["step", "model", "loss"])
         for member in decided.members:
-            losses = pipeline.losses_of(service, member.fingerprint, decided.tokenizer, "report")
-            rows.writerow(
-                [member.step, "checkpoint", f"{pipeline.target_loss(service, losses):.6f}"]
-            )
+            losses = losses_of(service, member.fingerprint, decided.tokenizer, "report")
+            rows.writerow([member.step, "checkpoint", f"{target_loss(service, losses):.6f}"])
         rows.writerow([decided.step, "fusion", f"{figures.target('fusion').mean:.6f}"])
     return figures
 

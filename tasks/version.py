@@ -3,8 +3,8 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ckptfuse.pipeline import Service
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
+from ckptfuse.service import Service
 from tasks.ledger import Ledger, LedgerEntry
 from tasks.log import log
 

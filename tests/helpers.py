@@ -3,16 +3,21 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import Checkpoint, open_checkpoint
+from ckptfuse.corpus import SPLITS, Split
+from ckptfuse.job import summarise
 from ckptfuse.losses import Losses
-from ckptfuse.records import CheckpointRecord, Member
+from ckptfuse.params import Params
+from ckptfuse.records import Arrays, CheckpointRecord, Member, PlanRecord, ScoreRecord
+from ckptfuse.service import Service, open_service
 
 CONFIG = {"model_type": "toy", "hidden_size": 4}
 
@@ -82,6 +87,29 @@ def losses_on(
     )
 
 
+def blocks_of_lengths(
+    lengths: Sequence[int],
+    *,
+    tokens: np.ndarray | None = None,
+    documents: Sequence[int] | None = None,
+    digest: str = "blocks",
+) -> Blocks:
+    """Blocks of these lengths, all of one domain, of given or seeded random tokens below 96."""
+    ends = np.cumsum(lengths)
+    drawn = np.random.default_rng(3).integers(0, 96, int(ends[-1])).astype(np.int32)
+    count = len(lengths)
+    return Blocks(
+        digest,
+        ("text",),
+        tokens=drawn if tokens is None else tokens,
+        starts=ends - np.asarray(lengths),
+        lengths=np.asarray(lengths, dtype=np.int32),
+        domain=np.zeros(count, np.int32),
+        document=np.asarray(range(count) if documents is None else documents, dtype=np.int32),
+        bytes=np.asarray(lengths, dtype=np.int64) * 3,
+    )
+
+
 def member(step: int, loss: float, weight: float = 0.5) -> Member:
     return Member(
         name=f"step{step}", uri=f"/bucket/step{step}", step=step, signature=f"signature-{step}",
@@ -98,3 +126,48 @@ def checkpoint_record(step: int, **changes: object) -> CheckpointRecord:
         "generation": 1,
     }  # fmt: skip
     return CheckpointRecord.model_validate({**values, **changes})
+
+
+def make_service(folder: Path, **sections: object) -> Service:
+    """A service with a text of one domain and an empty workspace."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(30)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    values: dict[str, object] = {
+        "corpus": {"domains": {"text": {"path": str(folder / "text.jsonl")}}},
+        "workspace": str(folder / "workspace"),
+        **sections,
+    }
+    return open_service(Params.model_validate(values))
+
+
+def record_losses(
+    service: Service, model_id: str, nll: np.ndarray, splits: Sequence[Split] = SPLITS
+) -> None:
+    """Leave the records of a scoring job that found these losses on every split."""
+    for split in splits:
+        key = service.scorer.key(model_id, "tokenizer", split)
+        losses = losses_on(nll, blocks=f"blocks of {split}")
+        record = ScoreRecord(
+            model=model_id,
+            blocks=losses.blocks,
+            split=split,
+            numerics=service.scorer.numerics.key,
+            batch_tokens=64,
+            domains=summarise(losses),
+        )
+        arrays: Arrays = {
+            name: np.asarray(getattr(losses, name))
+            for name in ("nll", "tokens", "bytes", "domain", "document")
+        }
+        service.records.put(key, record, arrays)
+
+
+def plan_record(step: int, members: Sequence[Member], **changes: object) -> PlanRecord:
+    """What was decided of the window that ends at ``step``; its fusion is ``fusion-<step>``."""
+    values: dict[str, object] = {
+        "window": f"window-{step}", "step": step, "rule": "uniform", "tokenizer": "tokenizer",
+        "members": list(members), "ancillary": members[-1].fingerprint, "dtype": None,
+        "fusion": f"fusion-{step}", "notes": {}, "params": "",
+    }  # fmt: skip
+    return PlanRecord.model_validate({**values, **changes})

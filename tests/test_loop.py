@@ -45,7 +45,7 @@ def test_the_fusion_beats_every_single_checkpoint_on_text_that_chose_nothing(
 ) -> None:
     from ckptfuse.overview import overview
     from ckptfuse.params import load_params
-    from ckptfuse.pipeline import open_service
+    from ckptfuse.service import open_service
 
     seen = overview(open_service(load_params(Path(finished.params_file))), "report")
     fused = {row.step: row.fused for row in seen.rows}[720]

@@ -7,8 +7,8 @@ from markupsafe import Markup
 
 from ckptfuse.evaluation import evaluate
 from ckptfuse.overview import Overview, overview, steps_saved
-from ckptfuse.pipeline import Service
 from ckptfuse.report import figures
+from ckptfuse.service import Service
 
 
 def write_report(service: Service) -> Path:

@@ -27,9 +27,10 @@ from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.losses import Estimate, Losses, combine
 from ckptfuse.overview import Overview, overview, steps_saved
 from ckptfuse.params import PARAMS_FILE, Params, load_params
-from ckptfuse.pipeline import Service, discover, losses_of, next_actions, open_service, target_loss
 from ckptfuse.records import CheckpointRecord
 from ckptfuse.report.page import write_report
+from ckptfuse.service import Service, losses_of, open_service, target_loss
+from ckptfuse.steps.look import discover, next_actions
 from ckptfuse.store import is_s3, remove_folder
 from flows.demo.texts import gather, write_jsonl
 from flows.demo.trainer import Pretraining, train_tokenizer
@@ -280,8 +281,8 @@ def _print_saved(seen: Overview) -> None:
     if open_ended:
         steps = ", ".join(str(step) for step in open_ended)
         console.print(
-            f"The raw run had not reached the loss of the fusion at step {steps} when it ended "
-            f"at step {last}: there the saving is more than the run shows."
+            f"When the raw run ended at step {last} it had not reached what fusing gave at step "
+            f"{steps}: there the saving is more than the run shows."
         )
 
 

@@ -350,7 +350,7 @@ def test_an_empty_folder_and_one_without_weights_are_told_apart(tmp_path: Path) 
     with pytest.raises(MissingFile, match="no files there"):
         open_checkpoint(str(tmp_path / "empty"))
     (tmp_path / "empty" / "config.json").write_text(json.dumps(CONFIG))
-    with pytest.raises(IncompleteCheckpoint, match="no model.safetensors"):
+    with pytest.raises(IncompleteCheckpoint, match=r"no model\.safetensors"):
         open_checkpoint(str(tmp_path / "empty"))
 
 

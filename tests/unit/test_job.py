@@ -1,1 +1,237 @@
-"""job: being written now by the helper that was given the unit tests; please leave it."""
+"""The scoring job as its parent runs it: a process that leaves records and says what it did."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptfuse import blocks as blocks_module
+from ckptfuse import job
+from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.errors import JobError
+from ckptfuse.fusion import FusionSpec
+from ckptfuse.merge import merge_to_memory, open_inputs
+from ckptfuse.modeling import build_model
+from ckptfuse.perplexity import score_blocks
+from ckptfuse.protocol import (
+    BlockSet,
+    CheckpointModel,
+    Event,
+    Input,
+    MergeModel,
+    Model,
+    Numerics,
+    Progress,
+    Request,
+    score_key,
+)
+from ckptfuse.reading import fingerprint_of, load
+from ckptfuse.records import Records, ScoreRecord
+from ckptfuse.scoring import ModelScores, run_job
+from ckptfuse.store import FolderStore
+from tests.helpers import blocks_of_lengths
+
+NUMERICS = Numerics(dtype="float32", attention="sdpa", device_class="cpu")
+BLOCKS = blocks_of_lengths([32] * 6 + [11], digest="blocks-1", documents=[0, 0, 1, 1, 2, 2, 3])
+WEIGHTS = (0.25, 0.0, 0.75)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One job over good and bad models, run once for all tests of this file."""
+
+    request: Request
+    answers: list[ModelScores]
+    events: list[Event]
+    spec: FusionSpec
+
+    @property
+    def records(self) -> Records:
+        return Records(FolderStore(Path(self.request.records)))
+
+    def nll(self, model_id: str) -> np.ndarray:
+        key = score_key(model_id=model_id, blocks=BLOCKS.digest, numerics=NUMERICS)
+        return self.records.arrays(ScoreRecord, key)["nll"]
+
+    def record(self, model_id: str) -> ScoreRecord:
+        key = score_key(model_id=model_id, blocks=BLOCKS.digest, numerics=NUMERICS)
+        found = self.records.get(ScoreRecord, key)
+        assert found is not None
+        return found
+
+
+def request_of(folder: Path, *models: Model) -> Request:
+    if not (folder / "blocks").is_dir():
+        blocks_module.save(BLOCKS, folder / "blocks")
+    return Request(
+        models=models,
+        blocks=(BlockSet(folder=str(folder / "blocks"), digest=BLOCKS.digest, split="selection"),),
+        numerics=NUMERICS,
+        records=str(folder / "records"),
+        batch_tokens=64,
+        threads=1,
+    )
+
+
+def checkpoint(path: Path, **pinned: str) -> CheckpointModel:
+    return CheckpointModel(input=Input(uri=str(path), **pinned))
+
+
+def copied(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a checkpoint; ``changes`` are to its configuration."""
+    target.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, **changes}))
+    (target / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    return target
+
+
+def with_nan(source: Path, target: Path) -> Path:
+    copied(source, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="module")
+def ran(llamas: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("job")
+    prints = tuple(fingerprint_of(open_checkpoint(str(path))) for path in llamas)
+    spec = FusionSpec(prints, WEIGHTS, prints[-1])
+    nan = with_nan(llamas[0], folder / "checkpoint-nan")
+    inputs = tuple(Input(uri=str(path)) for path in llamas)
+    merge = MergeModel(
+        fusion=spec.id, inputs=inputs, weights=WEIGHTS, dtype=None, ancillary=inputs[-1]
+    )
+    poisoned = MergeModel(
+        fusion="poisoned", inputs=(Input(uri=str(nan)), inputs[0]), weights=(0.5, 0.5), dtype=None,
+        ancillary=inputs[0],
+    )  # fmt: skip
+    request = request_of(
+        folder,
+        checkpoint(nan),
+        poisoned,
+        checkpoint(copied(llamas[0], folder / "misfit", num_hidden_layers=3)),
+        checkpoint(llamas[0], fingerprint="another"),
+        checkpoint(copied(llamas[0], folder / "short", max_position_embeddings=16)),
+        checkpoint(folder / "absent"),
+        checkpoint(llamas[0]),
+        merge,
+        checkpoint(llamas[2], fingerprint=prints[2]),
+    )
+    events: list[Event] = []
+    return Ran(request, run_job(request, progress=events.append), events, spec)
+
+
+def test_a_checkpoints_losses_are_those_that_this_process_finds(
+    ran: Ran, llamas: list[Path]
+) -> None:
+    loaded = load(open_checkpoint(str(llamas[0])))
+    model = build_model(loaded.layout.config, loaded.state_dict, numerics=NUMERICS, where="here")
+    expected = score_blocks(model, BLOCKS, vocabulary=96, batch_tokens=64)
+    assert ran.nll(loaded.fingerprint) == pytest.approx(expected, rel=1e-6)
+    assert ran.answers[6].fingerprint == loaded.fingerprint
+    assert ran.answers[6].architecture == loaded.layout.architecture
+
+
+def test_a_record_sums_its_losses_up(ran: Ran) -> None:
+    print_ = ran.spec.fingerprints[0]
+    score = ran.record(print_).domains["text"]
+    assert score.loss == pytest.approx(ran.nll(print_).sum() / BLOCKS.predicted.sum())
+    assert score.perplexity == pytest.approx(math.exp(score.loss))
+    assert (score.tokens, score.documents) == (6 * 31 + 10, 4)
+    assert score.bits_per_byte == pytest.approx(
+        ran.nll(print_).sum() / math.log(2) / BLOCKS.bytes.sum()
+    )
+
+
+def test_a_merge_is_scored_under_its_fusions_id_as_if_it_lay_on_disk(
+    ran: Ran, llamas: list[Path]
+) -> None:
+    opened = [open_checkpoint(str(path)) for path in llamas]
+    inputs = open_inputs(opened, opened[-1])
+    model = build_model(
+        inputs.ancillary.config, merge_to_memory(inputs, WEIGHTS), numerics=NUMERICS, where="here"
+    )
+    expected = score_blocks(model, BLOCKS, vocabulary=96, batch_tokens=64)
+    assert ran.nll(ran.spec.id) == pytest.approx(expected, rel=1e-6)
+
+
+def test_weights_that_are_not_finite_fail_their_model_and_name_it(ran: Ran) -> None:
+    failed = ran.answers[0].failed
+    assert failed is not None
+    assert failed.error == "non-finite"
+    assert "'model.norm.weight' has 1 NaN" in failed.reason
+
+
+def test_of_a_merge_the_input_that_is_to_blame_is_named_by_its_uri(ran: Ran) -> None:
+    failed = ran.answers[1].failed
+    assert failed is not None
+    assert failed.error == "non-finite"
+    assert Path(failed.checkpoint or "").name == "checkpoint-nan"
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "said"),
+    [
+        (2, "damaged", "missing keys"),
+        (3, "changed", "was pinned"),
+        (4, "other", "set scoring.block_length to 16 or less"),
+        (5, "other", "absent"),
+    ],
+)
+def test_a_model_that_cannot_be_scored_says_why(
+    ran: Ran, index: int, error: str, said: str
+) -> None:
+    failed = ran.answers[index].failed
+    assert failed is not None
+    assert failed.error == error
+    assert said in failed.reason
+
+
+def test_failures_do_not_stop_the_models_after_them(ran: Ran) -> None:
+    assert [answer.scored is not None for answer in ran.answers] == [False] * 6 + [True] * 3
+    assert len(ran.records.all(ScoreRecord)) == 3
+
+
+def test_progress_is_told_for_each_model(ran: Ran) -> None:
+    told = [(e.model, e.done, e.total) for e in ran.events if isinstance(e, Progress)]
+    assert {(6, 7, 7), (7, 7, 7), (8, 7, 7)} <= set(told)
+
+
+def test_what_has_its_records_is_not_scored_again(
+    ran: Ran, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {entry.path: entry.version for entry in ran.records.store.list("")}
+    job.run(ran.request.model_copy(update={"models": ran.request.models[6:]}))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["tokens"] for e in events if e["event"] == "scored"] == [0, 0, 0]
+    assert {entry.path: entry.version for entry in ran.records.store.list("")} == before
+
+
+def test_a_job_that_dies_is_an_error_with_its_last_words(
+    tmp_path: Path, llamas: list[Path]
+) -> None:
+    request = request_of(tmp_path, checkpoint(llamas[0]))
+    with pytest.raises(JobError, match=r"ended with status 1(.|\n)*unknown scheme"):
+        run_job(request.model_copy(update={"records": "nowhere://records"}))
+
+
+def test_infinite_losses_of_finite_weights_are_non_finite(
+    tmp_path: Path, llamas: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = copied(llamas[0], tmp_path / "huge")
+    tensors = load_file(huge / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 3e38)
+    save_file(tensors, huge / "model.safetensors", metadata={"format": "pt"})
+    job.run(request_of(tmp_path, checkpoint(huge)))
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (failed,) = [event for event in said if event["event"] == "failed"]
+    assert failed["error"] == "non-finite"
+    assert "although every weight is finite" in failed["reason"]

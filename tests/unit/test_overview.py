@@ -1,1 +1,179 @@
-"""overview: being written now by the helper that was given the unit tests; please leave it."""
+"""The rows behind status and report, and how many steps a fusion was ahead."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptfuse.overview import Row, overview, steps_saved
+from ckptfuse.records import (
+    GateRecord,
+    PromotionRecord,
+    PublicationRecord,
+    QuarantineRecord,
+    SkipRecord,
+)
+from ckptfuse.service import Service
+from tests.helpers import checkpoint_record, make_service, member, plan_record, record_losses
+
+
+def rows(*losses: float | None, fused: float | None = None) -> list[Row]:
+    """Checkpoints every 100 steps; the first one's window has a fusion of loss ``fused``."""
+    return [
+        Row(f"step{100 * n}", 100 * n, loss, fused=fused if n == 1 else None)
+        for n, loss in enumerate(losses, start=1)
+    ]
+
+
+def saved(*losses: float | None, fused: float | None) -> int | None:
+    found = rows(*losses, fused=fused)
+    return steps_saved(found, found[0])
+
+
+# -- steps saved -------------------------------------------------------------------------------
+
+
+def test_a_fusion_is_ahead_until_the_raw_loss_crosses_its_own() -> None:
+    assert saved(3.0, 2.9, 2.7, 2.6, fused=2.8) == 150
+    assert saved(3.0, 2.9, 2.8, fused=2.8) == 200
+
+
+def test_a_fusion_that_nobody_has_reached_yet_has_no_number() -> None:
+    assert saved(3.0, 2.9, 2.85, fused=2.8) is None
+
+
+def test_a_fusion_no_better_than_its_own_checkpoint_saves_nothing() -> None:
+    assert saved(2.8, 2.7, fused=2.8) == 0
+    assert saved(2.8, 2.7, fused=2.9) == 0
+
+
+def test_without_a_fusion_there_is_nothing_to_save() -> None:
+    assert saved(3.0, 2.0, fused=None) is None
+
+
+def test_checkpoints_without_a_score_are_passed_over() -> None:
+    assert saved(3.0, None, 2.6, fused=2.8) == 100
+
+
+def test_steps_before_the_fusion_do_not_count() -> None:
+    found = [Row("early", 50, 1.0), *rows(3.0, 2.6, fused=2.8)]
+    assert steps_saved(found, found[1]) == 50
+
+
+@given(losses=st.lists(st.floats(1, 4), min_size=1, max_size=8), fused=st.floats(1, 4))
+def test_the_crossing_lies_between_the_fusion_and_the_first_checkpoint_as_good(
+    losses: list[float], fused: float
+) -> None:
+    found = saved(*losses, fused=fused)
+    as_good = [100 * n for n, loss in enumerate(losses) if loss <= fused]
+    if not as_good:
+        assert found is None
+    else:
+        assert found is not None
+        assert as_good[0] - 100 <= found <= as_good[0]
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    """Three scored checkpoints: the window of 200 was skipped, that of 300 was fused."""
+    service = make_service(tmp_path)
+    for step, loss in ((100, 3.0), (200, 2.8), (300, 2.9)):
+        record = checkpoint_record(step, tokenizer="tokenizer", fingerprint=f"fingerprint-{step}")
+        service.records.put(f"s{step}", record)
+        record_losses(service, record.fingerprint, np.full(6, 10 * loss))
+    service.records.put(
+        "window-200", SkipRecord(window="window-200", step=200, reason="superseded by step 300")
+    )
+    decided = plan_record(300, [member(s, x) for s, x in ((100, 3.0), (200, 2.8), (300, 2.9))])
+    service.records.put("window-300", decided)
+    record_losses(service, "fusion-300", np.full(6, 27.0))
+    return service
+
+
+def judged(service: Service, verdict: str) -> None:
+    gate = GateRecord.model_validate(
+        {"window": "window-300", "fusion": "fusion-300", "step": 300, "verdict": verdict,
+         "reason": "because", "test": 1, "alpha": 0.025, "comparisons": []}
+    )  # fmt: skip
+    service.records.put("gate", gate)
+
+
+def published(service: Service, *, promoted: bool) -> None:
+    judged(service, "publish")
+    record = PublicationRecord(
+        fusion="fusion-300", window="window-300", step=300, tag="t", commit="c", weights_hash="h",
+        model_name="m", version="1", champion=promoted,
+    )  # fmt: skip
+    service.records.put("publication", record)
+    promotion = PromotionRecord(
+        fusion="fusion-300", step=300, number=1, promoted=promoted, reason=""
+    )
+    service.records.put("fusion-300", promotion)
+
+
+def words(service: Service) -> list[str]:
+    return [row.verdict for row in overview(service).rows]
+
+
+def test_an_empty_workspace_has_no_rows(tmp_path: Path) -> None:
+    found = overview(make_service(tmp_path))
+    assert (found.rows, found.quarantined, found.champion) == ((), (), None)
+
+
+def test_each_checkpoint_is_a_row_in_the_order_of_training(service: Service) -> None:
+    found = overview(service).rows
+    assert [(row.step, row.loss) for row in found] == [
+        (100, pytest.approx(3.0)),
+        (200, pytest.approx(2.8)),
+        (300, pytest.approx(2.9)),
+    ]
+
+
+def test_a_fused_window_shows_its_best_single_checkpoint_and_its_gain(service: Service) -> None:
+    row = overview(service).rows[-1]
+    assert row.best_single == pytest.approx(2.8)
+    assert row.fused == pytest.approx(2.7)
+    assert row.gain == pytest.approx(0.1)
+
+
+def test_a_window_goes_from_deciding_to_champion_as_its_records_appear(service: Service) -> None:
+    assert words(service) == ["", "skipped", "deciding"]
+    judged(service, "publish")
+    assert words(service) == ["", "skipped", "publishing"]
+    published(service, promoted=True)
+    assert words(service) == ["", "skipped", "champion"]
+
+
+def test_a_declined_window_says_why(service: Service) -> None:
+    judged(service, "declined")
+    row = overview(service).rows[-1]
+    assert (row.verdict, row.reason) == ("declined", "because")
+
+
+def test_a_published_fusion_that_was_not_promoted_is_no_champion(service: Service) -> None:
+    published(service, promoted=False)
+    assert words(service)[-1] == "published"
+    assert overview(service).champion is None
+
+
+def test_the_same_bytes_under_two_signatures_are_one_row(service: Service) -> None:
+    touched = checkpoint_record(
+        300, tokenizer="tokenizer", fingerprint="fingerprint-300", signature="touched"
+    )
+    service.records.put("touched", touched)
+    assert [row.step for row in overview(service).rows] == [100, 200, 300]
+
+
+def test_quarantined_checkpoints_are_told_apart_from_the_rows(service: Service) -> None:
+    aside = QuarantineRecord(
+        name="step400", uri="", step=400, signature="s400", architecture=None, reason="NaN"
+    )
+    service.records.put("s400", aside)
+    found = overview(service)
+    assert found.quarantined == (aside,)
+    assert [row.step for row in found.rows] == [100, 200, 300]

@@ -1,15 +1,15 @@
-"""plan() and windows: what is to be done follows from the listing and the records, and ends."""
+"""plan(): what is to be done follows from listing and records, whoever asks and how often."""
 
 import random
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptfuse.checkpoints import Checkpoint, Listing, Refused
-from ckptfuse.params import Params, WindowParams
+from ckptfuse.params import Params
 from ckptfuse.plan import Actions, State, plan
 from ckptfuse.records import (
     CheckpointRecord,
@@ -19,256 +19,359 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.store import Entry
-from ckptfuse.window import generation_of, window_key, windows
+from ckptfuse.window import generation_of
 from tests.helpers import checkpoint_record
 
-PARAMS = Params(window=WindowParams(size=3, minimum=2))
+PARAMS = Params.model_validate({"window": {"size": 3, "minimum": 2}})
 
 
-def checkpoint(step: int, *, modified: float | None = None) -> Checkpoint:
-    entry = Entry("model.safetensors", 100, str(step), modified or float(step))
-    return Checkpoint(f"step{step}", f"/bucket/step{step}", step, None, None, (entry,))
+@dataclass
+class World:
+    """A bucket and the records of a service that carries out what plan() says."""
 
+    listing: Listing = field(default_factory=Listing)
+    state: State = field(default_factory=lambda: State(corpus="text"))
 
-def record_of(item: Checkpoint, **changes: object) -> CheckpointRecord:
-    return checkpoint_record(item.step, signature=item.signature, **changes)
-
-
-def listing(*steps: int, **others: Any) -> Listing:
-    found = tuple(checkpoint(step) for step in steps)
-    usual = dict.fromkeys((item.signature for item in found), "usual")
-    return replace(Listing(complete=found, architectures=usual), **others)
-
-
-def scored(seen: Listing, **others: Any) -> State:
-    """All checkpoints of a listing have their scores."""
-    records = {item.signature: record_of(item) for item in seen.complete}
-    return replace(State("corpus", checkpoints=records, scored=frozenset(records)), **others)
-
-
-def gate(window: str, step: int, verdict: str) -> GateRecord:
-    return GateRecord.model_validate(
-        {"window": window, "fusion": f"fusion-{step}", "step": step, "verdict": verdict,
-         "reason": "", "test": 1, "alpha": 0.01, "comparisons": []}
-    )  # fmt: skip
-
-
-def carry_out(seen: Listing, state: State, actions: Actions, verdict: str) -> State:
-    """The records after these actions, when every gate answers ``verdict``."""
-    quarantined = {
-        item.checkpoint.signature: QuarantineRecord(
-            name="", uri="", step=0, signature=item.checkpoint.signature,
-            architecture=item.architecture, reason=item.reason,
+    def land(self, step: int, *, name: str = "", content: str = "", architecture: str = "usual",
+             segment: str = "one", clock: float | None = None) -> Checkpoint:  # fmt: skip
+        """Let a checkpoint appear in the bucket (over one of its name), written at ``clock``."""
+        moment = clock if clock is not None else 1000.0 + len(self.listing.complete)
+        name = name or f"step{step}"
+        content = content or f"{step}-{segment}-{architecture}"
+        file = Entry("model.safetensors", 100, f"{content}|{segment}|{moment}", moment)
+        landed = Checkpoint(name, f"/bucket/{name}", step, None, None, (file,))
+        others = [c for c in self.listing.complete if c.name != name]
+        self.listing = replace(
+            self.listing,
+            complete=tuple(sorted([*others, landed], key=lambda c: (c.step, c.name))),
+            architectures={**self.listing.architectures, landed.signature: architecture},
         )
-        for item in actions.quarantine
-    }  # fmt: skip
-    read = {item.signature: record_of(item) for item in actions.score}
-    skips = {s.window: SkipRecord(window=s.window, step=s.step, reason="") for s in actions.skip}
-    gates = {item.key: gate(item.key, item.window.step, verdict) for item in actions.fuse}
-    published = {
-        key: PublicationRecord(
-            fusion="", window=key, step=0, tag="", commit="", weights_hash="", model_name="",
-            version="1", champion=True,
+        return landed
+
+    def plan(self, *, live: bool = True) -> Actions:
+        return plan(self.listing, self.state, PARAMS, live=live)
+
+    def act(self, actions: Actions, *, verdict: str = "declined") -> None:
+        """Write the records that carrying out ``actions`` leaves behind."""
+        for item in actions.quarantine:
+            self.quarantine(item.checkpoint, item.architecture)
+        for checkpoint in actions.score:
+            self.score(checkpoint)
+        for key in actions.publish:
+            self.publish(key)
+        for skip in actions.skip:
+            record = SkipRecord(window=skip.window, step=skip.step, reason=skip.reason)
+            self._put(skips={**self.state.skips, skip.window: record})
+        for fuse in actions.fuse:
+            self.judge(fuse.key, fuse.window.step, verdict)
+            if verdict == "publish":
+                self.publish(fuse.key)
+
+    def score(self, checkpoint: Checkpoint) -> None:
+        content, segment, _ = checkpoint.files[0].version.split("|")
+        known = self.state.checkpoints
+        record = checkpoint_record(
+            checkpoint.step,
+            name=checkpoint.name,
+            signature=checkpoint.signature,
+            modified=checkpoint.modified,
+            fingerprint=content,
+            segment=segment,
+            architecture=self.listing.architectures[checkpoint.signature],
+            generation=generation_of(checkpoint, content, known.values()),
         )
-        for key in actions.publish
-    }  # fmt: skip
-    return replace(
-        state,
-        quarantined={**state.quarantined, **quarantined},
-        checkpoints={**state.checkpoints, **read},
-        scored=state.scored | read.keys(),
-        skips={**state.skips, **skips},
-        gates={**state.gates, **gates},
-        publications={**state.publications, **published},
-    )
+        self._put(
+            checkpoints={**known, checkpoint.signature: record},
+            scored=self.state.scored | {checkpoint.signature},
+        )
+
+    def quarantine(self, checkpoint: Checkpoint, architecture: str | None = None) -> None:
+        record = QuarantineRecord(
+            name=checkpoint.name, uri=checkpoint.uri, step=checkpoint.step,
+            signature=checkpoint.signature, architecture=architecture, reason="NaN",
+        )  # fmt: skip
+        self._put(quarantined={**self.state.quarantined, checkpoint.signature: record})
+
+    def judge(self, key: str, step: int, verdict: str) -> None:
+        record = GateRecord.model_validate(
+            {"window": key, "fusion": f"fusion of {key}", "step": step, "verdict": verdict,
+             "reason": "", "test": 1, "alpha": 0.01, "comparisons": []}
+        )  # fmt: skip
+        self._put(gates={**self.state.gates, key: record})
+
+    def publish(self, key: str) -> None:
+        record = PublicationRecord(
+            fusion=f"fusion of {key}", window=key, step=self.state.gates[key].step, tag="t",
+            commit="c", weights_hash="h", model_name="m", version="1", champion=True,
+        )  # fmt: skip
+        self._put(publications={**self.state.publications, key: record})
+
+    def _put(self, **changes: object) -> None:
+        self.state = replace(self.state, **changes)  # type: ignore[arg-type]
+
+    def run(self, *, live: bool = True, verdict: str = "declined") -> list[Actions]:
+        """Plan and act until nothing is left to do."""
+        done = []
+        for _ in range(100):
+            actions = self.plan(live=live)
+            if not actions:
+                return done
+            self.act(actions, verdict=verdict)
+            done.append(actions)
+        pytest.fail("there is always something left to do")
 
 
-@given(
-    steps=st.lists(st.integers(1, 40), unique=True, max_size=9),
-    live=st.booleans(),
-    verdict=st.sampled_from(["publish", "declined"]),
-)
-@settings(max_examples=80, deadline=None)
-def test_doing_what_is_planned_ends_with_nothing_to_do(
-    steps: list[int], live: bool, verdict: str
-) -> None:
-    seen, state = listing(*steps), State("corpus")
-    for _ in range(6):
-        actions = plan(seen, state, PARAMS, live=live)
-        if not actions:
-            break
-        state = carry_out(seen, state, actions, verdict)
-    assert not plan(seen, state, PARAMS, live=live)
-    assert state.scored == {item.signature for item in seen.complete}
+def scored(*steps: int) -> World:
+    world = World()
+    for step in steps:
+        world.score(world.land(step))
+    return world
 
 
-@given(steps=st.permutations([10, 20, 30, 40, 50]), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_the_order_of_listing_and_records_does_not_matter(steps: list[int], seed: int) -> None:
-    state = scored(listing(*steps))
-    shuffled = list(state.checkpoints.items())
-    random.Random(seed).shuffle(shuffled)
-    again = replace(state, checkpoints=dict(shuffled))
-    assert plan(listing(*steps), again, PARAMS) == plan(listing(10, 20, 30, 40, 50), state, PARAMS)
+def steps_of(items: Iterable[Checkpoint | CheckpointRecord]) -> list[int]:
+    return [item.step for item in items]
 
 
-def test_everything_is_scored_before_anything_is_fused() -> None:
-    seen = listing(10, 20, 30)
-    state = replace(scored(seen), scored=frozenset({checkpoint(10).signature}))
-    actions = plan(seen, state, PARAMS)
-    assert [item.step for item in actions.score] == [20, 30]
+def fused(actions: Actions) -> list[list[int]]:
+    return [steps_of(item.window.members) for item in actions.fuse]
+
+
+# -- order of work -----------------------------------------------------------------------------
+
+
+def test_an_empty_bucket_asks_for_nothing() -> None:
+    assert not World().plan()
+
+
+def test_nothing_is_fused_while_a_checkpoint_waits_to_be_scored() -> None:
+    world = scored(100, 200, 300)
+    world.land(400)
+    actions = world.plan()
+    assert steps_of(actions.score) == [400]
     assert not actions.fuse
+    assert not actions.skip
 
 
-def test_live_only_the_newest_window_is_fused_and_the_others_are_superseded() -> None:
-    seen = listing(10, 20, 30, 40)
-    actions = plan(seen, scored(seen), PARAMS)
-    assert [item.window.step for item in actions.fuse] == [40]
-    assert [item.step for item in actions.fuse[0].window.members] == [20, 30, 40]
-    assert [(skip.step, skip.reason) for skip in actions.skip] == [
-        (20, "superseded by step 40"), (30, "superseded by step 40"),
-    ]  # fmt: skip
+def test_live_only_the_newest_window_is_fused_and_older_ones_are_superseded() -> None:
+    actions = scored(100, 200, 300, 400).plan()
+    assert fused(actions) == [[200, 300, 400]]
+    assert [(s.step, s.reason) for s in actions.skip] == [
+        (200, "superseded by step 400"),
+        (300, "superseded by step 400"),
+    ]
 
 
 def test_a_backfill_fuses_every_window_in_the_order_of_training() -> None:
-    seen = listing(10, 20, 30, 40)
-    actions = plan(seen, scored(seen), PARAMS, live=False)
-    assert [item.window.step for item in actions.fuse] == [20, 30, 40]
+    actions = scored(100, 200, 300, 400).plan(live=False)
+    assert fused(actions) == [[100, 200], [100, 200, 300], [200, 300, 400]]
     assert not actions.skip
 
 
-def test_fewer_checkpoints_than_the_minimum_make_no_window() -> None:
-    seen = listing(10)
-    assert not plan(seen, scored(seen), PARAMS)
-
-
-def test_a_fusion_whose_gate_said_publish_is_published_before_new_ones_are_made() -> None:
-    seen = listing(10, 20, 30)
-    state = scored(seen)
-    (first,) = plan(listing(10, 20), state, PARAMS).fuse
-    state = replace(state, gates={first.key: gate(first.key, 20, "publish")})
-    actions = plan(seen, state, PARAMS)
-    assert actions.publish == (first.key,)
-    assert [item.window.step for item in actions.fuse] == [30]
+def test_a_window_that_is_closed_is_not_opened_again() -> None:
+    world = scored(100, 200, 300)
+    world.run()
+    world.score(world.land(400))
+    actions = world.plan()
+    assert fused(actions) == [[200, 300, 400]]
     assert not actions.skip
 
 
-def test_a_checkpoint_that_the_trainer_deleted_reopens_no_decision() -> None:
-    seen = listing(10, 20, 30)
-    state = scored(seen)
-    (fused,) = plan(seen, state, PARAMS).fuse
-    state = replace(
-        state,
-        gates={fused.key: gate(fused.key, 30, "declined")},
-        skips={s.window: SkipRecord(window=s.window, step=s.step, reason="")
-               for s in plan(seen, state, PARAMS).skip},
-    )  # fmt: skip
-    assert not plan(listing(20, 30), state, PARAMS)
+def test_a_gate_that_said_publish_is_published_and_not_fused_again() -> None:
+    world = scored(100, 200)
+    (waiting,) = world.plan().fuse
+    world.judge(waiting.key, 200, "publish")
+    actions = world.plan()
+    assert actions.publish == (waiting.key,)
+    assert not actions.fuse
+    world.publish(waiting.key)
+    assert not world.plan()
 
 
-def test_another_science_or_corpus_decides_afresh() -> None:
-    seen = listing(10, 20)
-    (before,) = plan(seen, scored(seen), PARAMS).fuse
-    (corpus,) = plan(seen, replace(scored(seen), corpus="another"), PARAMS).fuse
+def test_a_fusion_left_unpublished_is_published_beside_the_newest_window() -> None:
+    world = scored(100, 200)
+    (earlier,) = world.plan().fuse
+    world.judge(earlier.key, 200, "publish")
+    world.score(world.land(300))
+    actions = world.plan()
+    assert actions.publish == (earlier.key,)
+    assert fused(actions) == [[100, 200, 300]]
+    assert not actions.skip
+
+
+def test_another_corpus_or_science_opens_every_decision_again() -> None:
+    world = scored(100, 200)
+    world.run()
+    assert not world.plan()
+    assert fused(plan(world.listing, replace(world.state, corpus="other"), PARAMS)) == [[100, 200]]
     stricter = PARAMS.model_copy(
-        update={"gate": PARAMS.gate.model_copy(update={"minimum_gain": 0.5})}
+        update={"gate": PARAMS.gate.model_copy(update={"minimum_gain": 0.1})}
     )
-    (science,) = plan(seen, scored(seen), stricter).fuse
-    assert len({before.key, corpus.key, science.key}) == 3
+    assert fused(plan(world.listing, world.state, stricter)) == [[100, 200]]
 
 
-def test_what_could_not_be_read_just_now_is_left_alone_in_this_run() -> None:
-    seen = listing(10, 20, 30)
-    state = replace(scored(seen), held=frozenset({checkpoint(30).signature}), scored=frozenset())
-    assert [item.step for item in plan(seen, state, PARAMS).score] == [10, 20]
+def test_a_checkpoint_deleted_by_the_trainer_leaves_the_windows_and_reopens_nothing() -> None:
+    world = scored(100, 200, 300)
+    world.run()
+    world.listing = replace(world.listing, complete=world.listing.complete[1:])
+    assert not world.plan()
+    world.score(world.land(400))
+    assert fused(world.plan()) == [[200, 300, 400]]
 
 
-def test_a_quarantined_checkpoint_is_in_no_window() -> None:
-    seen = listing(10, 20, 30)
-    aside = QuarantineRecord(
-        name="step30", uri="", step=30, signature=checkpoint(30).signature, architecture=None,
-        reason="NaN",
-    )  # fmt: skip
-    actions = plan(seen, scored(seen, quarantined={aside.signature: aside}), PARAMS)
-    assert [item.window.step for item in actions.fuse] == [20]
+# -- what is left out --------------------------------------------------------------------------
 
 
-def test_damage_is_quarantined_once_with_its_reason() -> None:
-    damaged = checkpoint(40)
-    seen = listing(10, 20, damaged=(Refused(damaged, "the header is damaged"),))
-    (item,) = plan(seen, scored(seen), PARAMS).quarantine
-    assert (item.checkpoint, item.reason) == (damaged, "the header is damaged")
-    state = carry_out(seen, scored(seen), Actions(quarantine=(item,)), "declined")
-    assert not plan(seen, state, PARAMS).quarantine
+def test_a_held_checkpoint_is_left_alone_and_the_rest_goes_on() -> None:
+    world = scored(100, 200)
+    waiting = world.land(300)
+    world.state = replace(world.state, held=frozenset({waiting.signature}))
+    actions = world.plan()
+    assert not actions.score
+    assert fused(actions) == [[100, 200]]
 
 
-def test_another_model_in_the_bucket_is_quarantined_against_the_majority() -> None:
-    seen = listing(10, 20, 30)
-    odd = checkpoint(20).signature
-    seen = replace(seen, architectures={**seen.architectures, odd: "other"})
-    (item,) = plan(seen, State("corpus"), PARAMS).quarantine
-    assert (item.checkpoint.step, item.architecture) == (20, "other")
-    assert "another model in the same bucket" in item.reason
+def test_a_quarantined_checkpoint_is_neither_scored_nor_fused() -> None:
+    world = scored(100, 200, 300)
+    world.quarantine(world.land(400))
+    world.quarantine(world.listing.complete[1])
+    actions = world.plan()
+    assert not actions.score
+    assert fused(actions) == [[100, 300]]
 
 
-def test_one_against_one_is_no_majority_and_both_are_scored() -> None:
-    seen = listing(10, 20)
-    seen = replace(seen, architectures={**seen.architectures, checkpoint(20).signature: "other"})
-    actions = plan(seen, State("corpus"), PARAMS)
-    assert not actions.quarantine
-    assert len(actions.score) == 2
+def test_a_quarantined_checkpoint_that_is_written_again_is_looked_at_afresh() -> None:
+    world = scored(100, 200)
+    world.quarantine(world.land(300))
+    world.run()
+    again = world.land(300, content="healthy", clock=5000)
+    assert world.plan().score == (again,)
 
 
-def steps_of(records: list[CheckpointRecord], **params: Any) -> list[list[int]]:
-    chosen = WindowParams(**{"size": 8, "minimum": 1 + 1, **params})
-    return [[member.step for member in window.members] for window in windows(records, chosen)]
-
-
-def test_windows_slide_over_the_newest_checkpoints() -> None:
-    records = [checkpoint_record(step) for step in (30, 10, 20, 40)]
-    assert steps_of(records, size=3) == [[10, 20], [10, 20, 30], [20, 30, 40]]
-
-
-def test_a_window_never_spans_two_segments() -> None:
-    records = [checkpoint_record(step, segment="one" if step < 30 else "two")
-               for step in (10, 20, 30, 40)]  # fmt: skip
-    assert steps_of(records) == [[10, 20], [30, 40]]
-
-
-def test_a_declared_boundary_opens_a_segment() -> None:
-    records = [checkpoint_record(step) for step in (10, 20, 30, 40)]
-    assert steps_of(records, boundaries=(25,)) == [[10, 20], [30, 40]]
-    assert steps_of(records, boundaries=(30,)) == [[10, 20], [30, 40]]
-
-
-def test_after_a_rollback_higher_steps_of_the_old_generation_are_no_ancestors() -> None:
-    records = [
-        *[checkpoint_record(step) for step in (10, 20, 30, 40)],
-        *[checkpoint_record(step, generation=2, fingerprint=f"again{step}") for step in (30, 40)],
+def test_damaged_checkpoints_are_quarantined_once_with_their_reason() -> None:
+    world = scored(100, 200)
+    file = Entry("model.safetensors", 1, "1", 1.0)
+    broken = Checkpoint("step300", "/bucket/step300", 300, None, None, (file,))
+    world.listing = replace(world.listing, damaged=(Refused(broken, "its header is damaged"),))
+    actions = world.plan()
+    assert [(q.checkpoint, q.reason) for q in actions.quarantine] == [
+        (broken, "its header is damaged")
     ]
-    newest = windows(records, WindowParams(size=8, minimum=2))[-1]
-    assert [(m.step, m.generation) for m in newest.members] == [(10, 1), (20, 1), (30, 2), (40, 2)]
+    world.act(actions)
+    assert not world.plan().quarantine
 
 
-@pytest.mark.parametrize(
-    ("step", "modified", "fingerprint", "generation"),
-    [
-        (50, 50.0, "new", 1),  # goes on
-        (20, 50.0, "new", 2),  # written again after 40: rolled back
-        (40, 50.0, "new", 2),  # overwritten
-        (20, 50.0, "f20", 1),  # the same bytes, copied or touched
-        (25, 25.0, "new", 1),  # found late, written in its turn
-    ],
+def test_a_foreign_architecture_is_quarantined_against_the_majority() -> None:
+    world = scored(100, 200)
+    foreign = world.land(300, architecture="another")
+    actions = world.plan()
+    assert [q.checkpoint for q in actions.quarantine] == [foreign]
+    assert "2 other checkpoints" in actions.quarantine[0].reason
+    assert not actions.score
+    world.act(actions)
+    assert not world.plan().quarantine
+    assert fused(world.plan()) == [[100, 200]]
+
+
+def test_without_a_majority_nobody_is_foreign() -> None:
+    world = World()
+    world.land(100, architecture="one")
+    world.land(200, architecture="another")
+    actions = world.plan()
+    assert not actions.quarantine
+    assert steps_of(actions.score) == [100, 200]
+
+
+def test_an_architecture_that_nobody_has_read_is_not_judged() -> None:
+    world = scored(100, 200)
+    world.land(300, architecture="another")
+    world.listing = replace(world.listing, architectures={})
+    assert not world.plan().quarantine
+
+
+def test_the_same_bytes_under_two_names_are_fused_once_and_not_superseded_by_themselves() -> None:
+    world = scored(100, 200)
+    world.score(world.land(200, name="step200-hf", content="200-one-usual"))
+    actions = world.plan()
+    assert fused(actions) == [[100, 200]]
+    assert not actions.skip
+
+
+# -- segments and generations ------------------------------------------------------------------
+
+
+def test_a_window_waits_until_a_new_segment_has_enough() -> None:
+    world = scored(100, 200)
+    world.run()
+    world.score(world.land(300, segment="longer context"))
+    assert not world.plan()
+    world.score(world.land(400, segment="longer context"))
+    assert fused(world.plan()) == [[300, 400]]
+
+
+def test_a_rollback_is_scored_and_its_windows_leave_the_abandoned_steps_out() -> None:
+    world = scored(100, 200, 300, 400)
+    world.run()
+    world.land(300, content="300 again", clock=9000)
+    (scoring, fusing) = world.run()
+    assert steps_of(scoring.score) == [300]
+    assert fused(fusing) == [[100, 200, 300]]
+    (newest,) = fusing.fuse
+    assert newest.window.newest.generation == 2
+
+
+# -- properties --------------------------------------------------------------------------------
+
+landings = st.lists(
+    st.tuples(
+        st.integers(1, 6),
+        st.sampled_from(["one", "two"]),
+        st.sampled_from(["usual", "usual", "usual", "foreign"]),
+    ),
+    max_size=8,
 )
-def test_a_generation_is_decided_by_steps_and_times(
-    step: int, modified: float, fingerprint: str, generation: int
+
+
+@given(landings=landings, live=st.booleans(), verdict=st.sampled_from(["publish", "declined"]))
+@settings(max_examples=60, deadline=None)
+def test_a_service_that_acts_comes_to_rest_and_closes_every_window_once(
+    landings: Sequence[tuple[int, str, str]], live: bool, verdict: str
 ) -> None:
-    known = [checkpoint_record(known_step) for known_step in (10, 20, 30, 40)]
-    found = generation_of(checkpoint(step, modified=modified), fingerprint, known)
-    assert found == generation
+    world = World()
+    closed: list[str] = []
+    for clock, (step, segment, architecture) in enumerate(landings):
+        world.land(
+            step, segment=segment, architecture=architecture, content=f"c{clock}", clock=clock
+        )
+        for actions in world.run(live=live, verdict=verdict):
+            closed += [item.key for item in actions.fuse] + [item.window for item in actions.skip]
+    assert not world.plan(live=live)
+    assert len(closed) == len(set(closed))
 
 
-def test_a_window_is_known_by_its_newest_checkpoint() -> None:
-    newest = checkpoint_record(30)
-    moved = checkpoint_record(30, uri="/elsewhere/step30", signature="s", modified=9.0)
-    assert window_key(newest, "science", "corpus") == window_key(moved, "science", "corpus")
+@given(landings=landings, live=st.booleans(), seed=st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_the_listing_and_of_the_records_decides_nothing(
+    landings: Sequence[tuple[int, str, str]], live: bool, seed: int
+) -> None:
+    world = World()
+    for clock, (step, segment, architecture) in enumerate(landings):
+        checkpoint = world.land(
+            step, segment=segment, architecture=architecture, content=f"c{clock}", clock=clock
+        )
+        if clock % 4:
+            world.score(checkpoint)
+    shuffled = random.Random(seed)
+    complete = list(world.listing.complete)
+    records = list(world.state.checkpoints.items())
+    shuffled.shuffle(complete)
+    shuffled.shuffle(records)
+    expected = world.plan(live=live)
+    found = plan(
+        replace(world.listing, complete=tuple(complete)),
+        replace(world.state, checkpoints=dict(records)),
+        PARAMS,
+        live=live,
+    )
+    assert (found.skip, found.fuse) == (expected.skip, expected.fuse)
+    assert set(found.score) == set(expected.score)
+    assert {q.checkpoint for q in found.quarantine} == {q.checkpoint for q in expected.quarantine}

@@ -1,1 +1,105 @@
-"""promotion: being written now by the helper that was given the unit tests; please leave it."""
+"""Champion or not: the second decision, which spares consumers changes that bring nothing."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckptfuse.promotion import champion, decide_promotion
+from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord
+from ckptfuse.service import Service
+from tests.helpers import make_service, member, plan_record, record_losses
+
+MEMBERS = [member(100, 3.0), member(200, 3.0)]
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    return make_service(tmp_path)
+
+
+def published(service: Service, step: int, loss: float) -> PlanRecord:
+    """A fusion that passed the gate, with this loss on every split."""
+    decided = plan_record(step, MEMBERS)
+    service.records.put(decided.window, decided)
+    record_losses(service, decided.fusion, np.full(6, 10 * loss))
+    return decided
+
+
+def test_before_the_first_promotion_there_is_no_champion(service: Service) -> None:
+    assert champion(service) is None
+
+
+def test_the_first_published_fusion_is_promoted(service: Service) -> None:
+    decision = decide_promotion(service, published(service, 200, 3.0))
+    assert (decision.promoted, decision.number) == (True, 1)
+    assert champion(service) == decision
+
+
+def test_a_better_fusion_takes_over_and_a_worse_one_does_not(service: Service) -> None:
+    decide_promotion(service, published(service, 200, 3.0))
+    better = decide_promotion(service, published(service, 300, 2.9))
+    assert better.promoted
+    assert better.reason == "+0.1000 nats better on audit than the champion of step 200"
+    worse = decide_promotion(service, published(service, 400, 2.95))
+    assert not worse.promoted
+    assert worse.reason == (
+        "-0.0500 nats on audit against the champion of step 300, more than 0 needed"
+    )
+    assert champion(service) == better
+
+
+def test_equal_is_not_better(service: Service) -> None:
+    decide_promotion(service, published(service, 200, 3.0))
+    assert not decide_promotion(service, published(service, 300, 3.0)).promoted
+
+
+def test_a_gain_below_the_minimum_does_not_churn_consumers(tmp_path: Path) -> None:
+    service = make_service(tmp_path, promotion={"minimum_gain": 0.05})
+    decide_promotion(service, published(service, 200, 3.0))
+    assert not decide_promotion(service, published(service, 300, 2.96)).promoted
+    assert decide_promotion(service, published(service, 400, 2.94)).promoted
+
+
+def test_a_decision_stands_however_often_it_is_asked_for(service: Service) -> None:
+    first, second = published(service, 200, 3.0), published(service, 300, 2.9)
+    decisions = [decide_promotion(service, decided) for decided in (first, second, first, second)]
+    assert decisions[:2] == decisions[2:]
+    assert len(service.records.all(PromotionRecord)) == 2
+
+
+def test_the_champion_is_the_last_one_promoted_and_not_the_highest_step(service: Service) -> None:
+    """After a rollback a better fusion may end at a lower step."""
+    decide_promotion(service, published(service, 400, 3.0))
+    rolled_back = decide_promotion(service, published(service, 300, 2.5))
+    assert champion(service) == rolled_back
+
+
+def test_a_champion_that_cannot_be_scored_on_a_new_audit_text_gives_way(
+    service: Service, tmp_path: Path
+) -> None:
+    decide_promotion(service, published(service, 200, 1.0))
+    with (tmp_path / "text.jsonl").open("a") as text:
+        text.write('\n{"text": "a text that nobody has seen"}')
+    renewed = make_service(
+        tmp_path, corpus={"domains": {"text": {"path": str(tmp_path / "text.jsonl")}}, "salt": "x"}
+    )
+    decision = decide_promotion(renewed, published(renewed, 300, 3.0))
+    assert decision.promoted
+    assert "can no longer be scored" in decision.reason
+
+
+def test_a_champion_whose_weights_were_pruned_gives_way_on_a_new_audit_text(
+    service: Service, tmp_path: Path
+) -> None:
+    decide_promotion(service, published(service, 200, 1.0))
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    record = FusionRecord(fusion="fusion-200", step=200, folder=str(folder), size=0, files={})
+    service.records.put("fusion-200", record)
+    shutil.rmtree(folder)
+    renewed = make_service(
+        tmp_path, corpus={"domains": {"text": {"path": str(tmp_path / "text.jsonl")}}, "salt": "x"}
+    )
+    assert decide_promotion(renewed, published(renewed, 300, 3.0)).promoted

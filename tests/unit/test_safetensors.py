@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import save, save_file
 
 from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint
@@ -69,12 +69,10 @@ def test_upstream_reads_what_we_encode(tmp_path: Path) -> None:
         assert opened.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("length", range(0, len(VALID), 7))
-def test_a_file_cut_short_anywhere_is_incomplete_and_not_damaged(
-    tmp_path: Path, length: int
-) -> None:
-    with pytest.raises(IncompleteCheckpoint):
-        parse(tmp_path, VALID[:length])
+def test_a_file_cut_short_anywhere_is_incomplete_and_not_damaged(tmp_path: Path) -> None:
+    for length in range(len(VALID)):
+        with pytest.raises(IncompleteCheckpoint, match=rf"{FILE}: {length} bytes"):
+            parse(tmp_path, VALID[:length])
 
 
 def test_a_file_with_more_bytes_than_its_header_describes_is_damaged(tmp_path: Path) -> None:
@@ -89,21 +87,117 @@ def test_any_bytes_are_refused_by_one_of_two_errors(tmp_path: Path, data: bytes)
         parse(tmp_path, data)
 
 
-@given(position=st.integers(0, len(VALID) - 1), value=st.integers(0, 255))
-@fuzzed
-def test_a_changed_byte_is_refused_or_leaves_places_that_upstream_agrees_with(
-    tmp_path: Path, position: int, value: int
-) -> None:
-    data = bytearray(VALID)
-    data[position] = value
+def agrees_with_upstream(folder: Path, data: bytes) -> None:
+    """Ours refuses by one of its two errors, or finds exactly what upstream finds."""
     try:
-        header = parse(tmp_path, bytes(data))
+        header = parse(folder, data)
     except (DamagedCheckpoint, IncompleteCheckpoint):
         return
-    with safe_open(tmp_path / FILE, "np") as opened:
-        names = set(opened.keys())
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
-    assert {t.name: t.shape for t in header.tensors} == shapes
+    upstream = {name: (about["shape"], about["data"]) for name, about in deserialize(data)}
+    ours = {
+        t.name: (list(t.shape), bytearray(data[t.start : t.start + t.length]))
+        for t in header.tensors
+    }
+    assert ours == upstream
+
+
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3
+    )
+)
+@fuzzed
+def test_changed_bytes_are_refused_or_understood_as_upstream_does(
+    tmp_path: Path, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(VALID)
+    for position, value in changes:
+        data[position] = value
+    agrees_with_upstream(tmp_path, bytes(data))
+
+
+SIZES = st.integers(-1, 9) | st.sampled_from([2**31, 2**63, 2**64, 10**30])
+VALUES = st.none() | st.booleans() | SIZES | st.floats() | st.text(max_size=3)
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "U8", "F4", "F6_E2M3", "I64", "f32", "X"]),
+        "shape": st.lists(SIZES, max_size=2),
+        "data_offsets": st.lists(SIZES, min_size=1, max_size=3) | st.tuples(SIZES, SIZES),
+    },
+    optional={"extra": VALUES},
+)
+HEADERS = st.dictionaries(
+    st.text(st.characters(), max_size=2) | st.just("__metadata__"),
+    ENTRIES | VALUES | st.dictionaries(st.text(max_size=2), VALUES | st.text(max_size=2)),
+    max_size=3,
+)
+
+
+@given(header=HEADERS, data=st.binary(max_size=9))
+@settings(fuzzed, max_examples=300)
+def test_a_made_up_header_is_refused_or_understood_as_upstream_does(
+    tmp_path: Path, header: object, data: bytes
+) -> None:
+    agrees_with_upstream(tmp_path, with_header(header, data))
+
+
+@given(lengths=st.lists(st.integers(0, 3), max_size=5), data=st.data())
+@fuzzed
+def test_tensors_are_found_in_whatever_order_they_are_named(
+    tmp_path: Path, lengths: list[int], data: st.DataObject
+) -> None:
+    """Half of these files also lose or gain a byte."""
+    ends = [0, *np.cumsum(lengths).tolist()]
+    entries = {
+        f"t{n}": {"dtype": "U8", "shape": [length], "data_offsets": [ends[n], ends[n + 1]]}
+        for n, length in enumerate(lengths)
+    }
+    names = data.draw(st.permutations(sorted(entries)))
+    size = ends[-1] + data.draw(st.sampled_from([0, 0, 1, -1]))
+    agrees_with_upstream(
+        tmp_path, with_header({name: entries[name] for name in names}, bytes(range(max(0, size))))
+    )
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"__metadata__":{"a":1}}',  # upstream holds only text
+        b'{"__metadata__":{"a":NaN}}',
+        '{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'.encode("utf-16"),
+        b'{"\\ud800":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}',  # half a character
+        b'{"x":{"dtype":"F4","shape":[1],"data_offsets":[0,0]}}',  # half a byte
+    ],
+)
+def test_what_only_python_would_accept_is_damaged(tmp_path: Path, header: bytes) -> None:
+    data = with_header(header)
+    with pytest.raises(DamagedCheckpoint):
+        parse(tmp_path, data)
+    with pytest.raises(SafetensorError):
+        deserialize(data)
+
+
+class CountingStore(FolderStore):
+    """A folder that knows how many bytes were asked of it."""
+
+    asked = 0
+
+    def read_range(self, path: str, start: int, length: int) -> bytes | bytearray:
+        self.asked += length
+        return super().read_range(path, start, length)
+
+
+@given(claimed=st.integers(0, 2**64 - 1) | st.integers(0, 300), size=st.integers(0, 200))
+@fuzzed
+def test_no_more_is_read_than_the_header_and_never_past_the_end(
+    tmp_path: Path, claimed: int, size: int
+) -> None:
+    data = (struct.pack("<Q", claimed) + b" " * 200)[:size]
+    (tmp_path / FILE).write_bytes(data)
+    store = CountingStore(tmp_path)
+    with pytest.raises((DamagedCheckpoint, IncompleteCheckpoint)):
+        read_header(store, FILE, size)
+    assert store.asked <= size
 
 
 @pytest.mark.parametrize(

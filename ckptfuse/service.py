@@ -1,0 +1,47 @@
+"""What every step of the pipeline needs: one trajectory's parameters, workspace and losses."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ckptfuse.corpus import Split
+from ckptfuse.errors import RecordError
+from ckptfuse.losses import Losses
+from ckptfuse.params import Params
+from ckptfuse.records import Records
+from ckptfuse.rules import get_rule
+from ckptfuse.scoring import Scorer
+from ckptfuse.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Service:
+    """One trajectory's parameters and workspace: what every step needs."""
+
+    params: Params
+    workspace: Workspace
+
+    @cached_property
+    def records(self) -> Records:
+        return self.workspace.records
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return Scorer(self.params, self.records, self.workspace.folder("cache"))
+
+
+def open_service(params: Params) -> Service:
+    get_rule(params.rule.name, params.rule.options)  # a wrong rule is told before any work
+    return Service(params, Workspace(Path(params.workspace)))
+
+
+def target_loss(service: Service, losses: Losses) -> float:
+    return losses.target(service.scorer.target_weights).mean
+
+
+def losses_of(service: Service, model_id: str, tokenizer: str, split: Split) -> Losses:
+    """Recorded losses; raises RecordError when the model was not scored on this split."""
+    found = service.scorer.losses(model_id, tokenizer, split)
+    if found is None:
+        raise RecordError(f"model {model_id[:16]} has no score on the {split} split")
+    return found

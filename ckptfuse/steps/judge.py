@@ -1,0 +1,53 @@
+"""Judge: from the scores of a fusion to the gate's verdict."""
+
+from typing import Literal
+
+from ckptfuse import gate
+from ckptfuse.records import GateRecord, Member, PlanRecord
+from ckptfuse.service import Service, losses_of
+
+
+def judge_fusion(service: Service, decided: PlanRecord) -> GateRecord:
+    """The gate's verdict on a fusion that has its scores."""
+    best, newest = gate.best_member(decided.members), decided.members[-1]
+    params = service.params.gate
+    key = gate.gate_key(
+        window=decided.window,
+        fusion=decided.fusion,
+        audit_blocks=service.scorer.block_digest(decided.tokenizer, "audit"),
+        params=params,
+        members={"best": best.fingerprint, "newest": newest.fingerprint},
+    )
+    known = service.records.get(GateRecord, key)
+    if known is not None:
+        return known
+    earlier = {g.window for g in service.records.all(GateRecord).values()} - {decided.window}
+    verdict = verdict_on(service, decided, test=len(earlier) + 1)
+    service.records.put(key, verdict)
+    return verdict
+
+
+def verdict_on(service: Service, decided: PlanRecord, *, test: int) -> GateRecord:
+    """Judge from recorded audit scores; ``test`` is the ordinal that sets the share of alpha."""
+    params = service.params.gate
+    about = {"window": decided.window, "fusion": decided.fusion, "step": decided.step}
+    weighted = [member for member in decided.members if member.weight]
+    if len(weighted) == 1:
+        return gate.decline_single(**about, test=test, params=params, member=weighted[0])  # type: ignore[arg-type]
+    fusion = losses_of(service, decided.fusion, decided.tokenizer, "audit")
+    comparisons = []
+    opponents: dict[Literal["best", "newest"], Member] = {
+        "best": gate.best_member(decided.members),
+        "newest": decided.members[-1],
+    }
+    for against, member in opponents.items():
+        losses = losses_of(service, member.fingerprint, decided.tokenizer, "audit")
+        comparisons.append(
+            gate.compare(
+                fusion,
+                gate.Opponent(against, member, losses),
+                weights=service.scorer.target_weights,
+                alpha=gate.spent_alpha(params.alpha, test),
+            )
+        )
+    return gate.judge(**about, test=test, params=params, comparisons=comparisons)  # type: ignore[arg-type]

@@ -1,0 +1,69 @@
+"""Look: what is in the bucket, what do the records say, what is to be done?"""
+
+from ckptfuse import checkpoints
+from ckptfuse.checkpoints import Conventions, Listing
+from ckptfuse.plan import Actions, Quarantine, Skip, State, plan
+from ckptfuse.records import (
+    CheckpointRecord,
+    GateRecord,
+    PlanRecord,
+    PublicationRecord,
+    QuarantineRecord,
+    SkipRecord,
+)
+from ckptfuse.service import Service
+from ckptfuse.store import open_store
+
+
+def discover(service: Service) -> Listing:
+    """List the bucket; headers are read only of checkpoints that no record remembers."""
+    watch = service.params.watch
+    bucket = open_store(checkpoints.check_bucket_uri(service.params.bucket))
+    known = (
+        service.records.all(CheckpointRecord).keys() | service.records.all(QuarantineRecord).keys()
+    )
+    conventions = Conventions(watch.pattern, watch.marker, watch.settle_seconds, known)
+    return checkpoints.find(bucket, conventions)
+
+
+def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
+    """What the records say now; ``held`` are signatures to leave alone in this run."""
+    records, scorer = service.records, service.scorer
+    known = records.all(CheckpointRecord)
+    scored = (s for s, r in known.items() if scorer.is_scored(r.fingerprint, r.tokenizer))
+    return State(
+        corpus=scorer.corpus_digest(),
+        checkpoints=known,
+        scored=frozenset(scored),
+        held=held,
+        quarantined=records.all(QuarantineRecord),
+        plans=records.all(PlanRecord),
+        gates={gate.window: gate for gate in records.all(GateRecord).values()},
+        skips=records.all(SkipRecord),
+        publications={p.window: p for p in records.all(PublicationRecord).values()},
+    )
+
+
+def next_actions(
+    service: Service, listing: Listing, held: frozenset[str], *, live: bool
+) -> Actions:
+    return plan(listing, load_state(service, held), service.params, live=live)
+
+
+def quarantine(service: Service, item: Quarantine) -> None:
+    checkpoint = item.checkpoint
+    record = QuarantineRecord(
+        name=checkpoint.name,
+        uri=checkpoint.uri,
+        step=checkpoint.step,
+        signature=checkpoint.signature,
+        architecture=item.architecture,
+        reason=item.reason,
+    )
+    service.records.put(checkpoint.signature, record)
+
+
+def skip(service: Service, item: Skip) -> None:
+    service.records.put(
+        item.window, SkipRecord(window=item.window, step=item.step, reason=item.reason)
+    )

@@ -1,0 +1,41 @@
+"""Merge: from a plan to the fusion's folder in the workspace."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckptfuse.checkpoints import Checkpoint, Contents, open_checkpoint
+from ckptfuse.fusion import FusionSpec
+from ckptfuse.records import FusionRecord, PlanRecord
+from ckptfuse.service import Service
+from ckptfuse.steps.weigh import spec_of
+from ckptfuse.store import FolderStore, remove_folder
+
+
+def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
+    """The fusion's folder in the workspace, complete."""
+    known = service.records.get(FusionRecord, decided.fusion)
+    if known is not None and Path(known.folder).is_dir():
+        return known
+    folder = service.workspace.model(decided.fusion)
+    remove_folder(folder)  # merged, but not yet recorded, by a run that was killed
+    spec = spec_of(service, decided.members, [m.weight for m in decided.members])
+    opened = [open_checkpoint(m.uri, m.signature) for m in decided.members]
+    files = make_fusion(spec, opened, folder)
+    record = FusionRecord(
+        fusion=decided.fusion,
+        step=decided.step,
+        folder=str(folder),
+        size=sum(size for size, _ in files.values()),
+        files=files,
+    )
+    service.records.put(decided.fusion, record)
+    return record
+
+
+def make_fusion(spec: FusionSpec, members: Sequence[Checkpoint], folder: Path) -> Contents:
+    """Merge into a local folder. ``members`` are all of ``spec``'s, the ancillary one last."""
+    from ckptfuse.merge import open_inputs, write_fusion  # torch, which most steps do without
+
+    used = [c for c, weight in zip(members, spec.weights, strict=True) if weight]
+    inputs = open_inputs(used, members[-1], spec.dtype)
+    return write_fusion(inputs, spec.narrowed(), FolderStore(folder))

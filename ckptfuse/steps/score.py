@@ -1,0 +1,104 @@
+"""Score: checkpoints as they come, and the fusions made of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ckptfuse.checkpoints import Checkpoint, config_identity, read_layout
+from ckptfuse.errors import CkptfuseError, JobError, NonFiniteValues
+from ckptfuse.plan import Quarantine
+from ckptfuse.protocol import CheckpointModel, Failed, Input, MergeModel
+from ckptfuse.records import CheckpointRecord, FusionRecord, PlanRecord
+from ckptfuse.scoring import ModelScores, TokenizerSource
+from ckptfuse.service import Service
+from ckptfuse.steps.look import quarantine
+from ckptfuse.window import generation_of, segment_of
+
+
+@dataclass(frozen=True, slots=True)
+class Unscored:
+    """A checkpoint without a score, and why; ``quarantined`` when that is for good."""
+
+    checkpoint: Checkpoint
+    reason: str
+    quarantined: bool
+
+
+def score_checkpoints(service: Service, waiting: Sequence[Checkpoint]) -> list[Unscored]:
+    """Score checkpoints in one job per tokenizer; returns those that could not be."""
+    unscored: list[Unscored] = []
+    groups: dict[TokenizerSource, list[Checkpoint]] = {}
+    for checkpoint in waiting:
+        try:
+            source = service.scorer.tokenizer(checkpoint.uri)
+        except CkptfuseError as error:
+            unscored.append(Unscored(checkpoint, str(error), quarantined=False))
+            continue
+        known = next((s for s in groups if s.digest == source.digest), source)
+        groups.setdefault(known, []).append(checkpoint)
+    for source, group in groups.items():
+        models = [CheckpointModel(input=Input(uri=c.uri, signature=c.signature)) for c in group]
+        answers = service.scorer.score(models, source)
+        for checkpoint, answer in zip(group, answers, strict=True):
+            if answer.failed is not None:
+                unscored.append(_not_scored(service, checkpoint, answer.failed))
+            else:
+                _remember(service, checkpoint, source, answer)
+    return unscored
+
+
+def _not_scored(service: Service, checkpoint: Checkpoint, failed: Failed) -> Unscored:
+    for_good = failed.error in ("non-finite", "damaged")
+    if for_good:
+        quarantine(service, Quarantine(checkpoint, None, failed.reason))
+    return Unscored(checkpoint, failed.reason, quarantined=for_good)
+
+
+def _remember(
+    service: Service, checkpoint: Checkpoint, tokenizer: TokenizerSource, answer: ModelScores
+) -> None:
+    if answer.fingerprint is None or answer.architecture is None:
+        raise JobError(f"{checkpoint.uri}: the scoring job scored it without saying what it read")
+    config = config_identity(read_layout(checkpoint).config)
+    known = service.records.all(CheckpointRecord).values()
+    record = CheckpointRecord(
+        name=checkpoint.name,
+        uri=checkpoint.uri,
+        step=checkpoint.step,
+        stage=checkpoint.stage,
+        tokens=checkpoint.tokens,
+        modified=checkpoint.modified,
+        size=checkpoint.size,
+        signature=checkpoint.signature,
+        fingerprint=answer.fingerprint,
+        architecture=answer.architecture,
+        tokenizer=tokenizer.digest,
+        segment=segment_of(
+            stage=checkpoint.stage,
+            config=config,
+            tokenizer=tokenizer.digest,
+            architecture=answer.architecture,
+        ),
+        generation=generation_of(checkpoint, answer.fingerprint, known),
+    )
+    service.records.put(checkpoint.signature, record)
+
+
+def score_fusion(service: Service, decided: PlanRecord, fusion: FusionRecord) -> None:
+    """Score the merged folder on every split, as any other model, under the fusion's id."""
+    if service.scorer.is_scored(decided.fusion, decided.tokenizer):
+        return
+    tokenizer = service.scorer.tokenizer(fusion.folder)
+    source = Input(uri=fusion.folder)
+    model = MergeModel(
+        fusion=decided.fusion, inputs=(source,), weights=(1.0,), dtype=None, ancillary=source
+    )
+    (answer,) = service.scorer.score([model], tokenizer)
+    raise_failed(answer.failed)
+
+
+def raise_failed(failed: Failed | None) -> None:
+    if failed is None:
+        return
+    if failed.error == "non-finite":
+        raise NonFiniteValues(failed.reason, checkpoint=failed.checkpoint or "")
+    raise CkptfuseError(failed.reason)
