@@ -348,9 +348,12 @@ def _client() -> Any:
     from botocore.config import Config
 
     # Checksums only where required: several S3-compatible stores answer ranged reads without one.
+    retries: dict[str, object] = {"mode": "standard"}
+    if "AWS_MAX_ATTEMPTS" not in os.environ:  # what is given here would stand over it
+        retries["max_attempts"] = 5
     config = Config(
         max_pool_connections=32,
-        retries={"mode": "standard", "max_attempts": 5},
+        retries=retries,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )

@@ -3,20 +3,21 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from flows.environment import prepare
+from tests.servers import free_port, moto_server, rclone_server  # noqa: F401 - fixtures
 
 BINARIES = Path(sys.executable).parent
 DOMAINS = ("python", "prose", "c")
@@ -39,12 +40,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["PATH"] = f"{BINARIES}{os.pathsep}{os.environ['PATH']}"
     os.environ["OMP_NUM_THREADS"] = "1"
     prepare(home)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -88,43 +83,82 @@ class Trajectory:
         return sorted(int(path.name.partition("-")[2]) for path in self.bucket.iterdir())
 
 
+def shared(
+    tmp_path_factory: pytest.TempPathFactory, worker: str, name: str, make: Callable[[Path], None]
+) -> Path:
+    """A folder that the first of the test processes makes and all of them use."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker == "master" else base.parent) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = folder.with_name(f"{name}.part")  # what fails half-way is no folder of that name
+            part.mkdir()
+            make(part)
+            part.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def texts(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder with this machine's text: train.jsonl, tokenizer/ and a file per domain."""
+    return shared(tmp_path_factory, worker_id, "texts", _lay_texts)
+
+
+def _lay_texts(folder: Path) -> None:
     from flows.demo.texts import gather, write_jsonl
     from flows.demo.trainer import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("texts")
     gathered = gather()
     write_jsonl(folder / "train.jsonl", gathered.train)
     for name in DOMAINS:
         write_jsonl(folder / f"{name}.jsonl", gathered.domains[name])
     train_tokenizer(gathered.train, folder / "tokenizer", vocab_size=1024)
-    return folder
 
 
-def pretrain(texts: Path, bucket: Path, *arguments: str) -> Trajectory:
-    """Run the demo's trainer to its end, small enough for a test."""
+def _trainer(texts: Path, bucket: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """The demo's trainer, small enough for a test, on a thread of its own."""
     command = [
         sys.executable, "-m", "flows.demo.trainer", "--bucket", str(bucket),
         "--texts", str(texts / "train.jsonl"), "--tokenizer", str(texts / "tokenizer"),
-        "--hidden", "64", "--layers", "2", *arguments,
+        "--hidden", "64", "--layers", "2", "--steps", "720", "--save-every", "60",
+        "--warmup", "20", *arguments,
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    return Trajectory(bucket, {name: texts / f"{name}.jsonl" for name in DOMAINS})
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
 
-@pytest.fixture(scope="session")
-def trajectory(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Trajectory:
-    """Six checkpoints under a constant learning rate, steps 420 to 720.
+@dataclass(frozen=True)
+class Trajectories:
+    """Two runs from the same start, with six checkpoints each: steps 420 to 720.
 
     Those before are deleted, as trainers do: a merge of so early ones gains nothing yet.
     """
-    bucket = tmp_path_factory.mktemp("trajectory") / "bucket"
-    trained = pretrain(texts, bucket, "--steps", "720", "--save-every", "60", "--warmup", "20")
-    for step in trained.steps()[:-6]:
-        shutil.rmtree(bucket / f"checkpoint-{step}")
-    return trained
+
+    constant: Trajectory  # the learning rate stays what it is
+    decayed: Trajectory  # it falls to zero from step 480 to 720
+
+
+@pytest.fixture(scope="session")
+def trajectories(
+    texts: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Trajectories:
+    runs: dict[str, list[str]] = {"constant": [], "decayed": ["--decay-from", "480"]}
+
+    def train(folder: Path) -> None:
+        trainers = [_trainer(texts, folder / name, *more) for name, more in runs.items()]
+        assert [trainer.wait() for trainer in trainers] == [0, 0]
+        for early in (step for name in runs for step in (folder / name).iterdir()):
+            if int(early.name.partition("-")[2]) < 420:
+                shutil.rmtree(early)
+
+    folder = shared(tmp_path_factory, worker_id, "trajectories", train)
+    corpus = {name: texts / f"{name}.jsonl" for name in DOMAINS}
+    return Trajectories(**{name: Trajectory(folder / name, corpus) for name in runs})
+
+
+@pytest.fixture(scope="session")
+def trajectory(trajectories: Trajectories) -> Trajectory:
+    """The one under a constant learning rate."""
+    return trajectories.constant
 
 
 @dataclass(frozen=True)
@@ -216,3 +250,20 @@ def make_project(folder: Path, trajectory: Trajectory, **overrides: object) -> P
 @pytest.fixture
 def project(tmp_path: Path, trajectory: Trajectory) -> Project:
     return make_project(tmp_path / "project", trajectory)
+
+
+@pytest.fixture(scope="session")
+def finished(
+    prefect_server: str, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
+) -> Project:
+    """Four checkpoints landed and were fused, then two more. For tests that only look."""
+    from flows.watch import watch
+
+    project = make_project(tmp_path_factory.mktemp("loop"), trajectory)
+    project.land(420, 480, 540, 600)
+    first = watch(project.params_file)
+    assert (first.scored, first.published) == (4, 1), first
+    project.land(660, 720)
+    second = watch(project.params_file)
+    assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
+    return project

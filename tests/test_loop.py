@@ -7,25 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.watch import watch
-from tests.conftest import Project, Trajectory, make_project
+from tests.conftest import Project
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
-
-
-@pytest.fixture(scope="module")
-def finished(
-    prefect_server: str, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
-) -> Project:
-    """Four checkpoints land and are fused, then two more."""
-    project = make_project(tmp_path_factory.mktemp("loop"), trajectory)
-    project.land(420, 480, 540, 600)
-    first = watch(project.params_file)
-    assert (first.scored, first.published) == (4, 1), first
-    project.land(660, 720)
-    second = watch(project.params_file)
-    assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
-    return project
 
 
 def test_each_published_fusion_has_one_tag_one_version_and_the_champion_alias(

@@ -93,12 +93,14 @@ def _parse(
     where: str, text: bytes | bytearray
 ) -> tuple[dict[str, dict[str, object]], dict[str, str]]:
     try:
-        parsed = json.loads(bytes(text))
+        parsed = json.loads(bytes(text).decode())  # of bytes, json would guess the encoding
         if not isinstance(parsed, dict):
             raise TypeError(f"a JSON {type(parsed).__name__}")
         metadata = parsed.pop("__metadata__", {})
         if not all(isinstance(value, dict) for value in [metadata, *parsed.values()]):
             raise TypeError("an entry that is no JSON object")
+        # Metadata is text, and no name may hold half a surrogate pair: it could not be written.
+        "".join([*parsed, *metadata, *metadata.values()]).encode()
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{where}: the header is damaged: {error}") from error
     return parsed, metadata
@@ -116,10 +118,11 @@ def _place(
         if not (_is_lengths(shape) and _is_lengths(offsets) and len(offsets) == 2):
             raise DamagedCheckpoint(f"{where}: tensor {name!r} has no usable shape and offsets")
         start, end = offsets
-        if end - start != tensor_bytes(dtype, shape):
+        bits = math.prod(shape) * BITS[dtype]
+        if 8 * (end - start) != bits:
             raise DamagedCheckpoint(
-                f"{where}: tensor {name!r} takes bytes {start} to {end}, but {dtype} "
-                f"{shape} has {tensor_bytes(dtype, shape)} bytes"
+                f"{where}: tensor {name!r} takes bytes {start} to {end}, but {dtype} {shape} has "
+                f"{bits} bits"
             )
         placed.append(Tensor(name, dtype, tuple(shape), file, data_start + start, end - start))
     placed.sort(key=lambda tensor: (tensor.start, tensor.length))

@@ -26,7 +26,7 @@ from ckptfuse.errors import (
 from ckptfuse.reading import fingerprint_of
 from ckptfuse.store import FolderStore, open_store
 from tests.helpers import CONFIG, make_older, write_checkpoint
-from tests.unit.conftest import S3Server
+from tests.servers import S3Server
 
 TENSORS = {"a": torch.ones(3), "b": torch.zeros(2, 2), "c": torch.tensor(1.0)}
 INDEX = "model.safetensors.index.json"

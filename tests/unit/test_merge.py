@@ -26,7 +26,7 @@ from ckptfuse.merge import (
 from ckptfuse.reading import fingerprint_of, load
 from ckptfuse.store import FolderStore, open_store
 from tests.helpers import CONFIG, bits, write_checkpoint
-from tests.unit.conftest import S3Server
+from tests.servers import S3Server
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((), (1,), (7,), (3, 5), (2, 3, 5), (0,), (4, 0))

@@ -19,7 +19,7 @@ from ckptfuse.records import (
 )
 from ckptfuse.store import FolderStore, open_store
 from tests.helpers import checkpoint_record
-from tests.unit.conftest import S3Server
+from tests.servers import S3Server
 
 
 def skip(reason: str = "superseded") -> SkipRecord:

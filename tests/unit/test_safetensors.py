@@ -211,7 +211,7 @@ def test_an_enormous_header_is_not_believed(tmp_path: Path, claimed: int) -> Non
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "has 8 bytes"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "has 64 bits"),
         ({"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}, "unknown dtype 'F99'"),
         ({"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}, "no usable shape"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, "takes bytes"),

@@ -3,13 +3,23 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import boto3
 import pytest
 
 from ckptfuse.errors import ConfigurationError, MissingFile, StoreError
-from ckptfuse.store import FolderStore, S3Store, Store, open_store, read_uri, split_uri
-from tests.unit.conftest import S3Server
+from ckptfuse.store import (
+    TEMPORARY_PREFIX,
+    FolderStore,
+    S3Store,
+    Store,
+    open_store,
+    read_uri,
+    split_uri,
+)
+from tests.servers import S3Server
 
 
 @pytest.fixture(params=["folder", "moto", "rclone"])
@@ -83,15 +93,61 @@ def test_a_large_stream_arrives_whole(store: Store) -> None:
     assert store.read("large") == piece * 20
 
 
-def test_a_stream_that_breaks_off_leaves_nothing(store: Store) -> None:
-    def break_off() -> None:
-        with store.writer("broken") as out:
-            out.write(b"x" * 9_000_000)
-            raise RuntimeError("the disk of the writer is full")
+def break_off(store: Store, path: str, size: int) -> None:
+    """Write ``size`` bytes to a stream and fail."""
+    with store.writer(path) as out:
+        out.write(b"x" * size)
+        raise RuntimeError("the disk of the writer is full")
 
+
+@pytest.mark.parametrize("size", [1_000, 20_000_000], ids=["one part", "two parts"])
+def test_a_stream_that_breaks_off_leaves_what_was_there_before(store: Store, size: int) -> None:
+    store.write("kept", b"earlier")
+    for path in ("kept", "new"):
+        with pytest.raises(RuntimeError, match="full"):
+            break_off(store, path, size)
+    assert [entry.path for entry in store.list("")] == ["kept"]
+    assert store.read("kept") == b"earlier"
+
+
+def test_a_stream_is_not_to_be_seen_before_its_end(store: Store) -> None:
+    with store.writer("inner/file") as out:
+        out.write(b"x" * 20_000_000)
+        assert store.list("") == []
+        with pytest.raises(MissingFile):
+            store.stat("inner/file")
+    assert [(entry.path, entry.size) for entry in store.list("")] == [("inner/file", 20_000_000)]
+
+
+def test_a_stream_of_nothing_is_an_empty_file(store: Store) -> None:
+    with store.writer("empty"):
+        pass
+    assert store.read("empty") == b""
+    assert store.stat("empty").size == 0
+
+
+def test_odd_names_come_back_as_they_were(store: Store) -> None:
+    names = ["a b+c&d=e", "déjà vu/x", "per%20cent", "hash#tag"]
+    for name in names:
+        store.write(name, name.encode())
+    assert [entry.path for entry in store.list("")] == sorted(names)
+    assert [store.read(name) for name in names] == [name.encode() for name in names]
+
+
+def test_an_upload_that_breaks_off_is_not_left_to_be_paid_for(moto_s3: S3Server) -> None:
+    store = open_store("s3://bucket/abort")
+    with store.writer("whole") as out:
+        out.write(b"x" * 20_000_000)
+        assert uploads() == ["abort/whole"]
     with pytest.raises(RuntimeError, match="full"):
-        break_off()
-    assert store.list("") == []
+        break_off(store, "broken", 20_000_000)
+    assert uploads() == []
+
+
+def uploads() -> list[str]:
+    """The keys of uploads that the server holds and that have not ended."""
+    answer = boto3.client("s3").list_multipart_uploads(Bucket="bucket")
+    return [upload["Key"] for upload in answer.get("Uploads", [])]
 
 
 def test_deleting_twice_is_no_error(store: Store) -> None:
@@ -109,22 +165,20 @@ def test_a_child_is_the_store_of_a_folder_inside(store: Store) -> None:
 
 def test_more_files_than_one_page_of_a_listing_are_all_there(moto_s3: S3Server) -> None:
     store = S3Store("bucket", "many")
-    for number in range(1_005):
-        store.write(f"{number:05}", b"")
-    assert len(store.list("")) == 1_005
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: store.write(f"{number:05}", b""), range(1_001)))
+    assert [entry.path for entry in store.list("")] == [f"{n:05}" for n in range(1_001)]
 
 
-def test_a_folder_does_not_let_a_path_out(tmp_path: Path) -> None:
+def test_a_folder_hides_what_a_killed_writer_left(tmp_path: Path) -> None:
+    (tmp_path / f"{TEMPORARY_PREFIX}of-a-killed-process").write_bytes(b"half")
+    assert FolderStore(tmp_path).list("") == []
+
+
+@pytest.mark.parametrize("path", ["../secret", "a/../../secret", "/etc/passwd"])
+def test_a_folder_does_not_let_a_path_out(tmp_path: Path, path: str) -> None:
     with pytest.raises(StoreError, match="outside"):
-        FolderStore(tmp_path / "in").read("../secret")
-
-
-def test_a_folder_hides_files_that_are_still_being_written(tmp_path: Path) -> None:
-    store = FolderStore(tmp_path)
-    with store.writer("file") as out:
-        out.write(b"half")
-        assert store.list("") == []
-    assert [entry.path for entry in store.list("")] == ["file"]
+        FolderStore(tmp_path / "in").read(path)
 
 
 def test_a_missing_folder_is_no_empty_folder(tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""What must not be published, or not be used at all: each is told, and the rest goes on."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptfuse.params import load_params
+from ckptfuse.service import Service, open_service
+from ckptfuse.steps.look import discover, next_actions
+from flows.watch import watch
+from tests.conftest import Project, Trajectories, Trajectory, make_project
+from tests.helpers import write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+Tensors = dict[str, torch.Tensor]
+
+
+def service_of(project: Project) -> Service:
+    return open_service(load_params(Path(project.params_file)))
+
+
+def reasons(project: Project) -> dict[str, str]:
+    """Name -> reason, of all that is quarantined."""
+    return {str(r["name"]): str(r["reason"]) for r in project.records("quarantine").values()}
+
+
+def change_weights(folder: Path, change: Callable[[Tensors], None]) -> None:
+    """Rewrite a checkpoint's weights as its trainer would have, its state file last."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    file.unlink()
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "trainer_state.json").touch()
+
+
+@pytest.fixture(scope="module")
+def troubled(
+    prefect_server: str, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
+) -> Project:
+    """Three healthy checkpoints and one of each trouble; the service has looked once."""
+    project = make_project(tmp_path_factory.mktemp("troubled"), trajectory)
+    project.land(420, 480, 540, 600, 660, 720)
+
+    def put_nan(tensors: Tensors) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+
+    change_weights(project.bucket / "checkpoint-600", put_nan)
+    with (project.bucket / "checkpoint-660" / "model.safetensors").open("r+b") as file:
+        file.write(b"\xff" * 8)
+    (project.bucket / "checkpoint-660" / "trainer_state.json").touch()
+    weights = project.bucket / "checkpoint-720" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (project.bucket / "checkpoint-720" / "trainer_state.json").touch()
+    write_checkpoint(project.bucket / "checkpoint-700", {"other.weight": torch.ones(8, 8)})
+    summary = watch(project.params_file)
+    assert (summary.scored, summary.incomplete) == (3, 1), summary
+    return project
+
+
+def test_nan_weights_are_quarantined_by_the_name_of_their_tensor(troubled: Project) -> None:
+    assert (
+        "'model.layers.1.mlp.up_proj.weight' has 1 NaN or Inf"
+        in reasons(troubled)["checkpoint-600"]
+    )
+
+
+def test_a_damaged_header_is_quarantined(troubled: Project) -> None:
+    assert "claims a header of" in reasons(troubled)["checkpoint-660"]
+
+
+def test_another_architecture_in_the_bucket_is_quarantined(troubled: Project) -> None:
+    assert "another model in the same bucket" in reasons(troubled)["checkpoint-700"]
+
+
+def test_nothing_else_is_quarantined_and_the_healthy_ones_are_fused(troubled: Project) -> None:
+    assert sorted(reasons(troubled)) == ["checkpoint-600", "checkpoint-660", "checkpoint-700"]
+    (decided,) = troubled.records("plan").values()
+    assert [member["step"] for member in decided["members"]] == [420, 480, 540]
+
+
+def test_trouble_is_told_by_status_and_report(troubled: Project) -> None:
+    shown = troubled.cli("status").stdout
+    assert "quarantined checkpoint-600: " in shown
+    page = Path(troubled.cli("report").stdout.strip()).read_text()
+    assert "another model in the same bucket" in page
+
+
+def test_a_trainer_that_cleans_up_causes_no_work(troubled: Project, tmp_path: Path) -> None:
+    """Optimizer state deleted, then the oldest checkpoint, as `save_total_limit` does."""
+    service = service_of(troubled)
+    bucket = shutil.copytree(troubled.bucket, tmp_path / "kept", copy_function=shutil.copy2)
+    (troubled.bucket / "checkpoint-480" / "optimizer.pt").unlink()
+    shutil.rmtree(troubled.bucket / "checkpoint-420")
+    try:
+        assert not next_actions(service, discover(service), frozenset(), live=True)
+    finally:
+        shutil.rmtree(troubled.bucket)
+        shutil.copytree(bucket, troubled.bucket, copy_function=shutil.copy2)
+
+
+def test_a_half_written_checkpoint_counts_once_it_is_whole(troubled: Project) -> None:
+    """And a step written again with other bytes opens a new generation."""
+    source = troubled.trajectory.bucket / "checkpoint-720"
+    shutil.copy2(source / "model.safetensors", troubled.bucket / "checkpoint-720")
+    (troubled.bucket / "checkpoint-720" / "trainer_state.json").touch()
+    summary = watch(troubled.params_file)
+    assert (summary.scored, summary.incomplete) == (1, 0)
+    newest = max(troubled.records("plan").values(), key=lambda plan: int(str(plan["step"])))
+    assert [member["step"] for member in newest["members"]] == [420, 480, 540, 720]
+
+
+def test_a_step_that_is_written_again_opens_a_new_generation(
+    troubled: Project, trajectories: Trajectories
+) -> None:
+    """The run was rolled back to 480 and trained on to other weights at 540."""
+    folder = troubled.bucket / "checkpoint-540"
+    shutil.rmtree(folder)
+    shutil.copytree(trajectories.decayed.bucket / "checkpoint-540", folder)
+    now = time.time() + 1
+    for path in folder.iterdir():
+        os.utime(path, (now, now))
+    summary = watch(troubled.params_file)
+    assert summary.scored == 1
+    again = [r for r in troubled.records("checkpoint").values() if r["step"] == 540]
+    assert sorted(int(str(r["generation"])) for r in again) == [1, 2]
+    plans = troubled.records("plan").values()
+    (newest,) = [p for p in plans if p["ancillary"] == max(
+        again, key=lambda r: int(str(r["generation"]))
+    )["fingerprint"]]  # fmt: skip
+    assert [member["step"] for member in newest["members"]] == [420, 480, 540]
+
+
+def test_a_run_that_decayed_to_its_end_is_declined(
+    trajectories: Trajectories, tmp_path: Path
+) -> None:
+    project = make_project(tmp_path / "decayed", trajectories.decayed)
+    project.land(*trajectories.decayed.steps())
+    summary = watch(project.params_file)
+    (verdict,) = summary.verdicts
+    assert verdict.verdict == "declined"
+    assert "averaging gains nothing here" in verdict.reason or "no proven gain" in verdict.reason
+    assert project.records("publication") == {}
+    assert not (project.workspace / "models").exists() or not any(
+        (project.workspace / "models").iterdir()
+    )
+    told = project.cli("fuse", "--step", "720", status=3)
+    assert told.stdout.startswith("step 720: declined: ")
+
+
+def test_a_newest_checkpoint_that_went_bad_is_fused_around(
+    trajectory: Trajectory, tmp_path: Path
+) -> None:
+    """Finite, but worse by far, as after a spike: it gets no weight, and the merge no harm."""
+    project = make_project(tmp_path / "bad", trajectory)
+    project.land(540, 600, 660, 720)
+
+    def spoil(tensors: Tensors) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for values in tensors.values():
+            values += 0.3 * values.std() * torch.randn(values.shape, generator=generator)
+
+    change_weights(project.bucket / "checkpoint-720", spoil)
+    (verdict,) = watch(project.params_file).verdicts
+    (decided,) = project.records("plan").values()
+    weights = {member["step"]: member["weight"] for member in decided["members"]}
+    assert weights[720] == 0
+    assert sum(weight > 0 for weight in weights.values()) > 1
+    assert verdict.verdict == "publish", verdict.reason
+    assert "the best single one (step 660)" in verdict.reason
+    gains = {comparison.against: comparison.gain for comparison in verdict.comparisons}
+    assert gains["newest"] > gains["best"] > 0

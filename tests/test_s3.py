@@ -1,0 +1,123 @@
+"""The same work with everything on S3: two real servers of different kinds, on loopback."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptfuse import store
+from ckptfuse.digests import content_digest
+from ckptfuse.store import open_store
+from tests.conftest import Project, Trajectory, make_project
+from tests.servers import SECRET, S3Server
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def s3(
+    request: pytest.FixtureRequest, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[S3Server]:
+    """A server whose bucket ``training`` holds the first four checkpoints and the corpus."""
+    server: S3Server = request.getfixturevalue(f"{request.param}_server")
+    server.use(monkeypatch)
+    names = [bucket["Name"] for bucket in store._client().list_buckets()["Buckets"]]
+    if "training" not in names:
+        store._client().create_bucket(Bucket="training")
+        for step in trajectory.steps()[:4]:
+            upload(trajectory.bucket / f"checkpoint-{step}", f"s3://training/run/checkpoint-{step}")
+        for name, path in trajectory.corpus.items():
+            open_store("s3://training/corpus").write(f"{name}.jsonl", path.read_bytes())
+    yield server
+    store._client.cache_clear()
+
+
+def upload(folder: Path, uri: str) -> None:
+    target = open_store(uri)
+    for path in sorted(folder.iterdir()):
+        target.write(path.name, path.read_bytes())
+
+
+def on_s3(folder: Path, trajectory: Trajectory) -> Project:
+    """A project whose checkpoints and corpus lie on S3; its workspace is local."""
+    corpus = {name: Path(f"s3:/training/corpus/{name}.jsonl") for name in trajectory.corpus}
+    project = make_project(
+        folder, Trajectory(trajectory.bucket, corpus), watch={"settle_seconds": 0}
+    )
+    text = (folder / "params.yaml").read_text().replace("s3:/training", "s3://training")
+    (folder / "params.yaml").write_text(text)
+    return project
+
+
+def test_a_watch_of_s3_makes_the_same_fusion_as_a_watch_of_a_folder(
+    s3: S3Server, finished: Project, trajectory: Trajectory, tmp_path: Path
+) -> None:
+    project = on_s3(tmp_path / "project", trajectory)
+    done = project.cli("watch", "--once", CKPTFUSE_BUCKET="s3://training/run")
+    assert "4 scored" in done.stdout
+    assert "1 published" in done.stdout
+    ((fusion, made),) = project.records("fusion").items()
+    assert made["files"] == finished.records("fusion")[fusion]["files"]
+    written = project.records("score")
+    assert written.keys() <= finished.records("score").keys()
+    again = project.cli("watch", "--once", CKPTFUSE_BUCKET="s3://training/run")
+    assert "Nothing to do: 4 checkpoints" in again.stdout
+    assert SECRET not in done.stderr + again.stderr
+    for path in [*project.workspace.rglob("*.json"), *project.workspace.rglob("*.yaml")]:
+        assert SECRET not in path.read_text()
+
+
+def test_score_and_merge_take_s3_uris(s3: S3Server, trajectory: Trajectory, tmp_path: Path) -> None:
+    project = on_s3(tmp_path / "project", trajectory)
+    first, second = trajectory.steps()[:2]
+
+    def score(checkpoint: str, corpus: str) -> dict[str, object]:
+        told = project.cli(
+            "score", checkpoint, "--corpus", f"c={corpus}", "--split", "report", "--json"
+        )
+        scores = json.loads(told.stdout)
+        assert isinstance(scores, dict)
+        return scores
+
+    local = score(str(trajectory.bucket / f"checkpoint-{first}"), str(trajectory.corpus["c"]))
+    remote = score(f"s3://training/run/checkpoint-{first}", "s3://training/corpus/c.jsonl")
+    assert remote["domains"] == local["domains"]
+    assert remote["fingerprint"] == local["fingerprint"]
+
+    def inputs(root: str) -> list[str]:
+        return [f"{root}/checkpoint-{first}=0.25", f"{root}/checkpoint-{second}=0.75"]
+
+    out = f"s3://training/merged-{os.urandom(4).hex()}"
+    project.cli("merge", out, *inputs("s3://training/run"))
+    project.cli("merge", "merged", *inputs(str(trajectory.bucket)))
+    merged = project.folder / "merged"
+    names = sorted(path.name for path in merged.iterdir())
+    assert [entry.path for entry in open_store(out).list()] == names
+    for name in names:
+        remote_bytes = open_store(out).read(name)
+        assert content_digest(remote_bytes) == content_digest((merged / name).read_bytes())
+    told = project.cli("merge", out, *inputs("s3://training/run"), status=2)
+    assert "is there already" in told.stderr
+
+
+def test_what_is_wrong_with_s3_is_told_before_any_server_starts(
+    s3: S3Server, trajectory: Trajectory, tmp_path: Path
+) -> None:
+    project = on_s3(tmp_path / "project", trajectory)
+    gone = project.cli("watch", "--once", status=1, CKPTFUSE_BUCKET="s3://no-such-bucket/run")
+    assert "'no-such-bucket' does not exist" in gone.stderr
+    nobody = {**os.environ, "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}
+    told = project.cli("watch", "--once", status=2, CKPTFUSE_BUCKET="s3://training/run", **{
+        key: nobody[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    })  # fmt: skip
+    assert "no usable AWS credentials" in told.stderr
+    if s3.name == "rclone":  # moto believes any secret
+        wrong = project.cli(
+            "watch", "--once", status=1, CKPTFUSE_BUCKET="s3://training/run",
+            AWS_SECRET_ACCESS_KEY="a-wrong-secret",
+        )  # fmt: skip
+        assert "check the AWS credentials" in wrong.stderr
+        assert "a-wrong-secret" not in wrong.stderr
+    assert not (project.workspace / "prefect").exists()
