@@ -17,6 +17,7 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.service import Service
+from ckptfuse.window import in_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
     present = champion(service)
     crowned = present.fusion if present else None
     rows: list[Row] = []
-    ordered = _in_order(records.all(CheckpointRecord).values())
+    ordered = in_order(records.all(CheckpointRecord).values())
     for index, checkpoint in enumerate(ordered):
         plan = plans.get(checkpoint.fingerprint)
         members = _behind(ordered[: index + 1], service.params.window.size)
@@ -122,12 +123,6 @@ def _with_plan(
         reason=verdict.reason if verdict else "",
         plan=plan,
     )
-
-
-def _in_order(checkpoints: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
-    """By training, each content once (a copied or touched checkpoint has several records)."""
-    unique = {(c.fingerprint, c.step): c for c in checkpoints}
-    return sorted(unique.values(), key=lambda c: (c.generation, c.step))
 
 
 def _loss(service: Service, model_id: str, tokenizer: str, split: Split) -> float | None:

@@ -16,7 +16,7 @@ from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import block_digest, load_tokenizer, tokenizer_files_digest
 from ckptfuse.corpus import SPLITS, Corpus, Split, documents_of, read_corpus
 from ckptfuse.digests import digest
-from ckptfuse.errors import CorpusError, JobError
+from ckptfuse.errors import CorpusError, JobError, MissingFile
 from ckptfuse.losses import Estimate, Losses
 from ckptfuse.params import Params, ScoringParams
 from ckptfuse.processes import end_with_parent
@@ -170,7 +170,10 @@ class Scorer:
         files = {}
         for name, domain in self.params.corpus.domains.items():
             parent, file = split_uri(domain.path)
-            entry = open_store(parent).stat(file)
+            try:
+                entry = open_store(parent).stat(file)
+            except MissingFile as error:
+                raise CorpusError(f"corpus.domains.{name}: {error}") from error
             files[name] = [domain.path, entry.size, entry.version]
         decides = self.params.corpus.model_dump(mode="json", exclude={"domains"})
         memory = self.folder / "corpora" / f"{digest([files, decides])}.json"

@@ -74,7 +74,7 @@ def generation_of(
 def windows(healthy: Sequence[CheckpointRecord], params: WindowParams) -> list[Window]:
     """Every window of a trajectory, in the order of training."""
     starts = _generation_starts(healthy)
-    ordered = _in_order(healthy)
+    ordered = in_order(healthy)
     found = []
     for newest in ordered:
         members = tuple(
@@ -85,7 +85,7 @@ def windows(healthy: Sequence[CheckpointRecord], params: WindowParams) -> list[W
     return found
 
 
-def _in_order(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
+def in_order(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
     """By training; the same bytes of one step under two names (a copy) count once."""
     ordered = sorted(records, key=lambda record: (record.generation, record.step, record.name))
     first: dict[tuple[str, int], CheckpointRecord] = {}

@@ -5,9 +5,12 @@ imports stay inside the commands that need them, so that help and errors come at
 """
 
 import logging
+import os
 import signal
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,8 +56,6 @@ def _load(params: Path | None) -> tuple["Params", str]:
 
     loaded = load_params(params)
     prepare(Path(loaded.workspace))
-    import os
-
     file = params or Path(os.environ.get("CKPTFUSE_PARAMS", PARAMS_FILE))
     return loaded, str(file.resolve())
 
@@ -104,13 +105,29 @@ def _look_and_go_on(watch_flow: object, file: str) -> None:
 
 
 def _preflight(params: "Params") -> None:
-    """Tell of a wrong bucket, corpus or rule before any server starts."""
+    """Tell of a wrong bucket, corpus, rule or server before any work begins."""
     from ckptfuse.checkpoints import check_bucket_uri
     from ckptfuse.service import open_service
     from ckptfuse.store import open_store
 
     open_service(params).scorer.corpus_digest()
     open_store(check_bucket_uri(params.bucket)).list()
+    _check_prefect(os.environ.get("PREFECT_API_URL"))
+
+
+def _check_prefect(url: str | None) -> None:
+    """Tell of a server that was named and is not there; without one Prefect starts its own."""
+    if url is None:
+        return
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10).close()  # noqa: S310 - the team's own
+    except urllib.error.HTTPError:
+        return  # it answers; whether it lets us in is between Prefect and it
+    except OSError as error:
+        raise CkptfuseError(
+            f"Prefect's server at {url} does not answer ({error}); start it, or unset "
+            "PREFECT_API_URL to use an embedded one"
+        ) from error
 
 
 def _sentence(summary: "Summary") -> str:

@@ -17,9 +17,9 @@ from ckptfuse.records import (
     PublicationRecord,
 )
 from ckptfuse.service import Service, open_service
-from ckptfuse.steps.look import load_state
+from ckptfuse.steps.look import discover, load_state
 from ckptfuse.window import Window, window_key, windows
-from tasks.discover import discover, quarantine, skip
+from tasks.discover import quarantine, skip
 from tasks.fuse import decide_weights, judge_fusion, merge_fusion
 from tasks.publish import publish
 from tasks.score import score_fusion

@@ -81,9 +81,11 @@ def _act(
         summary.quarantined += 1
     if actions.score:
         names = ", ".join(checkpoint.name for checkpoint in actions.score)
-        failed = score_checkpoints(service, actions.score, names)
-        summary.held |= failed
-        summary.scored += len(actions.score) - len(failed)
+        unscored = score_checkpoints(service, actions.score, names)
+        held = {item.checkpoint.signature for item in unscored if not item.quarantined}
+        summary.held |= held
+        summary.quarantined += len(unscored) - len(held)
+        summary.scored += len(actions.score) - len(unscored)
     for key in actions.publish:
         state = load_state(service)
         publish_window(service, state.plans[key], state.gates[key])

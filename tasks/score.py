@@ -9,14 +9,15 @@ from ckptfuse.checkpoints import Checkpoint
 from ckptfuse.records import CheckpointRecord, FusionRecord, PlanRecord
 from ckptfuse.service import Service, losses_of, target_loss
 from ckptfuse.steps import score
+from ckptfuse.steps.score import Unscored
 from tasks.log import log
 
 
 @task(cache_policy=NO_CACHE, task_run_name="score {names}")
 def score_checkpoints(
     service: Service, waiting: Sequence[Checkpoint], names: str
-) -> frozenset[str]:
-    """Score what waits; the signatures of those that another run must try again."""
+) -> list[Unscored]:
+    """Score what waits; returns those that have no score, for good or for now."""
     unscored = score.score_checkpoints(service, waiting)
     for item in unscored:
         verdict = "is quarantined" if item.quarantined else "could not be scored now"
@@ -27,7 +28,7 @@ def score_checkpoints(
             losses = losses_of(service, record.fingerprint, record.tokenizer, "selection")
             loss = target_loss(service, losses)
             log.info("scored %s: loss %.4f on selection", checkpoint.name, loss)
-    return frozenset(i.checkpoint.signature for i in unscored if not i.quarantined)
+    return unscored
 
 
 @task(cache_policy=NO_CACHE, task_run_name="score fusion of step {decided.step}")

@@ -89,6 +89,7 @@ def test_wrong_usage_ends_with_status_2(project: Project, arguments: list[str], 
     assert said in project.cli(*arguments, status=2).stderr
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_fuse_before_anything_is_scored_says_what_to_do(project: Project) -> None:
     told = project.cli("fuse", status=2).stderr
     assert "scored are: none" in told
@@ -157,3 +158,9 @@ def test_a_merge_of_unlike_models_names_the_difference(
     )
     assert "weight" in told.stderr
     assert not (project.folder / "out").exists()
+
+
+def test_a_prefect_server_that_is_named_and_not_there_is_told(project: Project) -> None:
+    nowhere = "http://127.0.0.1:9/api"
+    told = project.cli("watch", "--once", status=1, PREFECT_API_URL=nowhere).stderr
+    assert f"Prefect's server at {nowhere} does not answer" in told

@@ -18,8 +18,10 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
         return known
     folder = service.workspace.model(decided.fusion)
     remove_folder(folder)  # merged, but not yet recorded, by a run that was killed
-    spec = spec_of(service, decided.members, [m.weight for m in decided.members])
-    opened = [open_checkpoint(m.uri, m.signature) for m in decided.members]
+    newest = decided.members[-1]
+    needed = [m for m in decided.members if m.weight or m is newest]  # others may be gone by now
+    spec = spec_of(service, needed, [m.weight for m in needed])
+    opened = [open_checkpoint(m.uri, m.signature) for m in needed]
     files = make_fusion(spec, opened, folder)
     record = FusionRecord(
         fusion=decided.fusion,

@@ -67,6 +67,25 @@ def test_the_bytes_of_all_blocks_are_those_of_the_text(
     assert blocks_of(tokenizer, texts, length).bytes.sum() == sum(len(t.encode()) for t in texts)
 
 
+def made_up(offsets: list[tuple[int, int]] | None, count: int = 3) -> Tokenizer:
+    return Tokenizer(lambda text: (list(range(count)), offsets), None, "digest")
+
+
+def test_a_token_inside_the_one_before_it_counts_no_byte_twice() -> None:
+    blocks = blocks_of(made_up([(0, 3), (1, 2), (3, 4)]), ["abcd"], 2)
+    assert blocks.bytes.tolist() == [0, 1]
+
+
+def test_white_space_that_no_token_covers_counts_with_the_token_after_it_and_at_the_end() -> None:
+    blocks = blocks_of(made_up([(0, 1), (2, 3), (3, 4)]), ["a bc "], 2)
+    assert blocks.bytes.tolist() == [2, 2]
+
+
+def test_without_offsets_the_bytes_are_spread_evenly() -> None:
+    blocks = blocks_of(made_up(None, count=4), ["é" * 4], 2)
+    assert blocks.bytes.tolist() == [2, 2, 2]
+
+
 def test_a_separator_stands_before_each_document_unless_it_is_unwanted(
     tokenizer: Tokenizer,
 ) -> None:
@@ -86,6 +105,19 @@ def test_budgets_cut_the_domain_and_each_document(tokenizer: Tokenizer) -> None:
 def test_a_block_belongs_to_the_document_of_most_of_its_tokens(tokenizer: Tokenizer) -> None:
     texts = ["the", "quick brown fox " * 30]
     assert blocks_of(tokenizer, texts, 64).document.tolist()[0] == 1
+
+
+def test_a_domain_has_the_blocks_that_it_has_alone(tokenizer: Tokenizer) -> None:
+    texts = {"a": ["the quick"] * 3, "b": ["brown fox the quick"] * 4}
+    documents = {name: [Document(text, text) for text in texts[name]] for name in texts}
+    both = build(documents, tokenizer, digest="d", block_length=8)
+    for code, name in enumerate(documents):
+        alone = build({name: documents[name]}, tokenizer, digest="d", block_length=8)
+        mine = np.flatnonzero(both.domain == code)
+        assert [both.block(int(i)).tolist() for i in mine] == [
+            alone.block(i).tolist() for i in range(len(alone))
+        ]
+        assert both.bytes[mine].tolist() == alone.bytes.tolist()
 
 
 def test_documents_of_two_domains_are_never_one_cluster(tokenizer: Tokenizer) -> None:

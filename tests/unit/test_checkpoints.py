@@ -149,6 +149,18 @@ def test_the_trainers_state_file_ends_the_wait_where_nothing_is_newer(tmp_path: 
     assert "of quiet" in reason(tmp_path)
 
 
+def test_in_a_bucket_the_trainers_state_ends_no_wait(tmp_path: Path, moto_s3: S3Server) -> None:
+    """Files are uploaded in any order, some of them after it."""
+    local = write_checkpoint(tmp_path / "checkpoint-100", TENSORS)
+    bucket = open_store(f"s3://bucket/{tmp_path.name}")
+    for entry in local.files:
+        bucket.write(f"checkpoint-100/{entry.path}", local.store().read(entry.path))
+    bucket.write("checkpoint-100/trainer_state.json", b"{}")
+    (refused,) = find(bucket, Conventions(settle_seconds=60)).incomplete
+    assert "of quiet" in refused.reason
+    assert find(bucket, Conventions(settle_seconds=0)).complete
+
+
 def test_a_marker_of_the_teams_own_decides_alone(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-100"
     write_checkpoint(folder, TENSORS)

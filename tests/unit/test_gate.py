@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ckptfuse.gate import Opponent, best_member, compare, judge, spent_alpha
+from ckptfuse.gate import (
+    Opponent,
+    best_member,
+    compare,
+    decline_single,
+    gate_key,
+    judge,
+    spent_alpha,
+)
 from ckptfuse.params import GateParams
 from ckptfuse.records import Comparison, GateRecord
 from tests.helpers import losses_on, member
@@ -48,25 +56,43 @@ def test_the_bound_is_the_gain_less_students_t_times_its_error() -> None:
     assert found.lower_bound == pytest.approx(expected)
 
 
+def test_the_domain_with_the_fewest_documents_sets_the_degrees_of_freedom() -> None:
+    domain = np.array([0] * 3 + [1] * 40)
+    rng = np.random.default_rng(8)
+    single = rng.normal(30, 2, size=43)
+    found = against(single - rng.normal(1, 0.2, size=43), single, domain=domain)
+    assert found.standard_error is not None
+    expected = found.gain - stats.t.ppf(0.95, 2) * found.standard_error
+    assert found.lower_bound == pytest.approx(expected)
+
+
 def test_what_all_tests_may_spend_stays_below_alpha() -> None:
     assert sum(spent_alpha(0.05, n) for n in range(1, 5_000)) < 0.05
     assert spent_alpha(0.05, 1) == 0.025
 
 
 def test_a_run_without_any_gain_almost_never_publishes() -> None:
-    """400 runs of 60 fusions, each as good as its opponent but for noise: at most alpha publish."""
+    """200 runs of 50 fusions, each as good as its opponent but for noise."""
     rng = np.random.default_rng(5)
-    published = 0
-    for _ in range(400):
-        noise = rng.normal(0, 0.5, size=(60, 40))
-        base = np.full(40, 30.0)
-        for number, drawn in enumerate(noise, start=1):
-            found = against(base + drawn, base, alpha=spent_alpha(0.05, number))
-            assert found.lower_bound is not None
-            if found.lower_bound > 0:
-                published += 1
-                break
-    assert published / 400 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+    alpha, runs = 0.1, 200
+    base = np.full(40, 30.0)
+
+    def publishes() -> bool:
+        noise = enumerate(rng.normal(0, 0.5, size=(50, 40)), start=1)
+        found = (against(base + drawn, base, alpha=spent_alpha(alpha, n)) for n, drawn in noise)
+        return any(item.lower_bound is not None and item.lower_bound > 0 for item in found)
+
+    rate = sum(publishes() for _ in range(runs)) / runs
+    assert 0 < rate <= alpha + 2 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+def test_a_true_gain_is_found_however_many_tests_went_before() -> None:
+    rng = np.random.default_rng(6)
+    single = rng.normal(30, 5, size=200)
+    fusion = single - 1 + rng.normal(0, 0.5, size=200)
+    found = against(fusion, single, alpha=spent_alpha(0.05, 500))
+    assert found.lower_bound is not None
+    assert 0.08 < found.lower_bound < found.gain
 
 
 def test_a_clear_gain_is_published_with_its_numbers() -> None:
@@ -100,6 +126,26 @@ def test_a_domain_that_gets_worse_is_named() -> None:
     assert "python" not in found.reason
 
 
+def test_a_domain_within_its_tolerance_is_no_objection() -> None:
+    domain = np.repeat([0, 1], 20)
+    single = np.tile(np.linspace(25, 35, 20), 2)
+    fusion = np.where(domain == 0, single + 0.09, single - 3)
+    assert verdict(against(fusion, single, domain=domain)).verdict == "publish"
+
+
+def test_a_domain_of_weight_zero_still_has_its_tolerance_but_no_say_in_the_gain() -> None:
+    """One document of it takes no degrees of freedom from the others."""
+    domain = np.array([0, *[1] * 20])
+    single = np.array([30.0, *np.linspace(25, 35, 20)])
+    opponent = Opponent("best", member(300, 2.0), losses_on(single, domain=domain, domains=DOMAINS))
+    merged = losses_on(single - np.where(domain == 0, -9.0, 1.0), domain=domain, domains=DOMAINS)
+    found = compare(merged, opponent, weights={"prose": 0.0, "python": 1.0}, alpha=0.05)
+    assert found.lower_bound == pytest.approx(0.1)
+    assert verdict(found).reason == (
+        "domain 'prose' is 0.9000 nats worse than the best single one (step 300), 0.01 tolerated"
+    )
+
+
 def test_losing_to_the_best_single_checkpoint_is_enough_to_decline() -> None:
     single = np.linspace(25, 35, 30)
     better = against(single * 0.95, single)
@@ -121,3 +167,23 @@ def test_one_document_proves_nothing() -> None:
 
 def test_the_best_member_is_the_newest_of_equals() -> None:
     assert best_member([member(100, 2.0), member(200, 2.0), member(300, 2.5)]).step == 200
+
+
+def test_a_rule_that_chose_one_checkpoint_is_declined_without_a_comparison() -> None:
+    found = decline_single(
+        window="w", fusion="f", step=300, test=3, params=GATE, member=member(200, 2.0, 1.0)
+    )
+    assert found.verdict == "declined"
+    assert "all weight on step 200 (step200)" in found.reason
+    assert (found.test, found.alpha) == (3, pytest.approx(0.05 / 12))
+
+
+def test_a_verdict_is_keyed_by_all_that_it_depends_on() -> None:
+    usual = {"window": "w", "fusion": "f", "audit_blocks": "b", "params": GATE,
+             "members": {"best": "1", "newest": "2"}}  # fmt: skip
+    stricter, another = GateParams(alpha=0.01), {"best": "2", "newest": "2"}
+    changes = [{}, {"window": "x"}, {"fusion": "x"}, {"audit_blocks": "x"}, {"params": stricter},
+               {"members": another}]  # fmt: skip
+    assert len({gate_key(**{**usual, **change}) for change in changes}) == 6  # type: ignore[arg-type]
+    swapped = {"members": {"newest": "2", "best": "1"}}
+    assert gate_key(**{**usual, **swapped}) == gate_key(**usual)  # type: ignore[arg-type]

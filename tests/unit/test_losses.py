@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ckptfuse.errors import RecordError
 from ckptfuse.losses import Estimate, bits_per_byte, combine
@@ -56,3 +58,44 @@ def test_a_domain_of_weight_zero_is_left_out_even_if_it_has_no_error() -> None:
 
 def test_bits_per_byte_count_the_text_and_not_the_tokens() -> None:
     assert bits_per_byte(math.log(2) * 3, tokens=10, byte_count=30) == pytest.approx(1)
+
+
+def test_without_bytes_there_are_no_bits_per_byte() -> None:
+    assert math.isnan(bits_per_byte(1.0, tokens=10, byte_count=0))
+
+
+def test_domains_keep_their_blocks_apart() -> None:
+    losses = losses_on(
+        np.array([10.0, 40.0, 30.0]),
+        tokens=np.array([10, 10, 20]),
+        domain=np.array([0, 1, 0]),
+        domains=("prose", "python"),
+    )
+    assert {name: found.mean for name, found in losses.by_domain().items()} == {
+        "prose": pytest.approx(40 / 30),
+        "python": pytest.approx(4),
+    }
+    assert losses.totals("prose") == (30, 80)
+    target = losses.target({"prose": 3.0, "python": 1.0})
+    assert target.mean == pytest.approx(0.75 * 40 / 30 + 0.25 * 4)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 100), st.integers(1, 50), st.integers(0, 4)), min_size=2, max_size=20
+    )
+)
+def test_how_documents_are_cut_into_blocks_changes_nothing(
+    drawn: list[tuple[float, int, int]],
+) -> None:
+    """Summing a document's blocks to one gives the same mean and the same standard error."""
+    nll, tokens, documents = (np.array(column) for column in zip(*drawn, strict=True))
+    kept = np.unique(documents)
+    whole = losses_on(
+        np.array([nll[documents == g].sum() for g in kept]),
+        tokens=np.array([tokens[documents == g].sum() for g in kept]),
+    ).of("text")
+    cut = losses_on(nll, tokens=tokens, documents=documents).of("text")
+    assert cut.mean == pytest.approx(whole.mean)
+    assert cut.standard_error == pytest.approx(whole.standard_error, abs=1e-9)
+    assert cut.documents == whole.documents

@@ -75,6 +75,21 @@ def test_weights_lie_on_the_simplex(name: str, losses: list[float]) -> None:
     assert (weights >= 0).all()
 
 
+def test_calibrated_on_two_checkpoints_is_what_one_works_out_by_hand() -> None:
+    """w = 1/2 + (l_2 - l_1) / 4e on the first: 1/2 + 0.1 / 0.4."""
+    assert calibrated([2.0, 2.1], energy=0.1).weights == pytest.approx([0.75, 0.25])
+
+
+@given(losses=st.lists(st.floats(2, 3), min_size=3, max_size=3), energy=st.floats(0.01, 1))
+@settings(max_examples=30, deadline=None)
+def test_no_point_of_a_grid_over_the_simplex_is_better(losses: list[float], energy: float) -> None:
+    steps = np.linspace(0, 1, 21)
+    grid = [np.array([a, b, 1 - a - b]) for a in steps for b in steps if a + b <= 1]
+    ours = np.asarray(calibrated(losses, energy=energy).weights)
+    least = min(float(w @ losses + energy * w @ w) for w in grid)
+    assert ours @ losses + energy * ours @ ours <= least + 1e-9
+
+
 @given(losses=LOSSES, energy=st.floats(0, 2))
 @settings(max_examples=60, deadline=None)
 def test_calibrated_weights_lie_on_the_simplex(losses: list[float], energy: float) -> None:
@@ -137,6 +152,19 @@ def test_calibrated_leaves_a_damaged_checkpoint_out_and_does_not_let_it_inflate_
     assert answer.notes["noise_energy"] == pytest.approx(0.2)
 
 
+def test_calibrated_measures_the_noise_on_healthy_checkpoints_alone() -> None:
+    question = get_rule("calibrated")(observed([2.0, 2.02, 9.0, 2.01]))
+    assert question == Evaluate(((1 / 3, 1 / 3, 0.0, 1 / 3),))
+
+
+@given(losses=st.lists(st.floats(0.5, 12), min_size=2, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_calibrated_never_asks_for_a_single_checkpoint(losses: list[float]) -> None:
+    question = get_rule("calibrated")(observed(losses))
+    assert isinstance(question, Evaluate)
+    assert sum(weight > 0 for weight in question.vectors[0]) >= 2
+
+
 def test_a_window_of_one_needs_no_merge() -> None:
     assert get_rule("calibrated")(observed([2.0])) == Weights((1.0,))
 
@@ -159,8 +187,13 @@ def test_an_unknown_rule_is_refused_with_those_that_there_are() -> None:
 
 
 def test_an_unknown_option_is_refused_by_name() -> None:
-    with pytest.raises(RuleError, match="temperature"):
+    with pytest.raises(RuleError, match=r"no option 'temperature'; it takes tau"):
         get_rule("softmax", {"temperature": 1.0})
+
+
+def test_a_rule_without_options_says_so() -> None:
+    with pytest.raises(RuleError, match=r"no option 'tau'; it takes no options"):
+        get_rule("uniform", {"tau": 1.0})
 
 
 def test_an_option_that_means_nothing_is_refused() -> None:

@@ -1,0 +1,193 @@
+"""The folder of a fusion: complete or absent, the same bytes wherever it is made, and its id."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.errors import ConfigurationError, NonFiniteValues
+from ckptfuse.fusion import FusionSpec
+from ckptfuse.merge import Inputs, merge_to_memory, open_inputs, write_fusion
+from ckptfuse.reading import fingerprint_of, load
+from ckptfuse.store import FolderStore, S3Store, open_store
+from tests.helpers import CONFIG, bits, write_checkpoint
+from tests.servers import S3Server
+from tests.unit.test_merge import WEIGHTS, opened, three
+
+
+def spec_of(inputs: Inputs, weights: Sequence[float]) -> FusionSpec:
+    prints = tuple(fingerprint_of(layout.checkpoint) for layout in inputs.layouts)
+    return FusionSpec(prints, tuple(weights), fingerprint_of(inputs.ancillary.checkpoint))
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_sharded_fusion_on_disk_holds_what_the_merge_in_memory_holds(tmp_path: Path) -> None:
+    three(tmp_path, shards=3)
+    inputs = opened(tmp_path)
+    out = tmp_path / "out"
+    contents = write_fusion(inputs, spec_of(inputs, WEIGHTS), FolderStore(out))
+    written = load(open_checkpoint(str(out)))
+    in_memory = merge_to_memory(inputs, WEIGHTS)
+    assert {k: bits(v) for k, v in written.state_dict.items()} == {
+        k: bits(v) for k, v in in_memory.items()
+    }
+    assert len(list(out.glob("*.safetensors"))) == 3
+    index = "model.safetensors.index.json"
+    assert (out / index).read_bytes() == (tmp_path / "step2" / index).read_bytes()
+    assert {path: written.contents[path] for path in contents if path in written.contents} == {
+        path: content for path, content in contents.items() if path in written.contents
+    }
+
+
+def test_repeated_runs_give_the_same_bytes_in_every_file(tmp_path: Path) -> None:
+    three(tmp_path)
+    inputs = opened(tmp_path)
+    first = write_fusion(inputs, spec_of(inputs, WEIGHTS), FolderStore(tmp_path / "a"))
+    second = write_fusion(inputs, spec_of(inputs, WEIGHTS), FolderStore(tmp_path / "b"))
+    assert first == second
+    assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
+    assert {"model.safetensors", "config.json", "fusion.json", "README.md"} == first.keys()
+
+
+def test_the_folder_names_its_fusion_and_weights_and_nothing_that_varies(tmp_path: Path) -> None:
+    three(tmp_path)
+    inputs = opened(tmp_path)
+    spec = spec_of(inputs, WEIGHTS)
+    write_fusion(inputs, spec, FolderStore(tmp_path / "out"))
+    about = json.loads((tmp_path / "out" / "fusion.json").read_text())
+    assert about["fusion"] == spec.id
+    assert about["weights"] == list(WEIGHTS)
+    assert [float.fromhex(weight) for _, weight in about["inputs"]] == list(WEIGHTS)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert spec.fingerprints[0][:16] in card
+    for text in (json.dumps(about), card):
+        assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_asked_for_changes_tensors_config_and_total_size(
+    tmp_path: Path, shards: int, key: str
+) -> None:
+    config = {**CONFIG, key: "float32"}
+    for step in range(2):
+        tensors = {"a": torch.full((3,), 1.0 + step), "b": torch.ones(2), "n": torch.tensor([step])}
+        write_checkpoint(tmp_path / f"step{step}", tensors, config=config, shards=shards)
+    inputs = opened(tmp_path, 2, dtype="bfloat16")
+    out = tmp_path / "out"
+    write_fusion(inputs, spec_of(inputs, (0.5, 0.5)), FolderStore(out))
+    merged = load(open_checkpoint(str(out))).state_dict
+    assert (merged["a"].dtype, merged["n"].dtype) == (torch.bfloat16, torch.int64)
+    assert merged["a"].tolist() == [1.5, 1.5, 1.5]
+    written = json.loads((out / "config.json").read_text())
+    assert written[key] == "bfloat16"
+    assert set(written) == set(config)
+    if shards > 1:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == 5 * 2 + 8
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_input_is_named_and_no_folder_is_left(tmp_path: Path, bad: float) -> None:
+    write_checkpoint(tmp_path / "step0", {"a": torch.ones(4), "b": torch.ones(4)})
+    write_checkpoint(tmp_path / "step1", {"a": torch.ones(4), "b": torch.tensor([1, 1, bad, 1.0])})
+    inputs = opened(tmp_path, 2)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(NonFiniteValues, match=r"'b' has 1 NaN or Inf") as caught:
+        write_fusion(inputs, spec_of(inputs, (0.5, 0.5)), FolderStore(tmp_path / "out"))
+    assert caught.value.checkpoint == "step1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_place_that_is_taken_is_refused_and_left_alone(tmp_path: Path) -> None:
+    three(tmp_path)
+    inputs = opened(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(ConfigurationError, match="is there already"):
+        write_fusion(inputs, spec_of(inputs, WEIGHTS), FolderStore(tmp_path / "out"))
+    assert folder_bytes(tmp_path / "out") == {"precious": b"mine"}
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_fusion_id_ignores_inputs_of_weight_zero_and_knows_all_else() -> None:
+    spec = FusionSpec(("a", "b"), (0.5, 0.5), "b")
+    assert FusionSpec(("a", "z", "b"), (0.5, 0.0, 0.5), "b").id == spec.id
+    others = [
+        FusionSpec(("b", "a"), (0.5, 0.5), "b"),
+        FusionSpec(("a", "b"), (0.5, np.nextafter(0.5, 1)), "b"),
+        FusionSpec(("a", "b"), (0.5, 0.5), "a"),
+        FusionSpec(("a", "b"), (0.5, 0.5), "b", "float32"),
+    ]
+    assert len({spec.id, *(other.id for other in others)}) == 5
+
+
+def test_a_fused_llama_loads_in_transformers_with_the_averaged_weights(
+    llamas: list[Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoints = [open_checkpoint(str(path)) for path in llamas]
+    inputs = open_inputs(checkpoints, checkpoints[-1])
+    out = tmp_path / "fused"
+    write_fusion(inputs, spec_of(inputs, WEIGHTS), FolderStore(out))
+    assert (out / "generation_config.json").is_file()
+    assert (out / "config.json").read_bytes() == (llamas[-1] / "config.json").read_bytes()
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    parts = [AutoModelForCausalLM.from_pretrained(path) for path in llamas]
+    average = sum(w * p.lm_head.weight.double() for w, p in zip(WEIGHTS, parts, strict=True))
+    assert torch.allclose(model.lm_head.weight.double(), average, atol=1e-6)
+    assert torch.isfinite(model(torch.arange(20)[None]).logits).all()
+
+
+def test_an_s3_prefix_gets_the_same_bytes_as_a_folder(tmp_path: Path, moto_s3: S3Server) -> None:
+    three(tmp_path, shards=2)
+    inputs = opened(tmp_path)
+    contents = write_fusion(inputs, spec_of(inputs, WEIGHTS), FolderStore(tmp_path / "out"))
+    remote = open_store("s3://bucket/fused")
+    assert write_fusion(inputs, spec_of(inputs, WEIGHTS), remote) == contents
+    assert {e.path: remote.read(e.path) for e in remote.list()} == folder_bytes(tmp_path / "out")
+    source = open_store("s3://bucket/step2")
+    for path, data in folder_bytes(tmp_path / "step2").items():
+        source.write(path, data)
+    from_s3 = open_inputs(
+        [layout.checkpoint for layout in inputs.layouts[:2]]
+        + [open_checkpoint("s3://bucket/step2")],
+        inputs.ancillary.checkpoint,
+    )
+    merged, local = merge_to_memory(from_s3, WEIGHTS), merge_to_memory(inputs, WEIGHTS)
+    assert {k: bits(v) for k, v in merged.items()} == {k: bits(v) for k, v in local.items()}
+
+
+class Remembering(S3Store):
+    """A prefix that remembers in which order its small files came."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        super().__init__(bucket, prefix)
+        self.order: list[str] = []
+
+    def write(self, path: str, data: bytes) -> None:
+        self.order.append(path)
+        super().write(path, data)
+
+
+def test_on_s3_the_configuration_comes_last_so_that_no_half_model_is_taken_for_one(
+    tmp_path: Path, moto_s3: S3Server
+) -> None:
+    three(tmp_path, shards=2)
+    (tmp_path / "step2" / "tokenizer.json").write_text("{}")
+    inputs = opened(tmp_path)
+    target = Remembering("bucket", "in-order")
+    write_fusion(inputs, spec_of(inputs, WEIGHTS), target)
+    assert target.order[-1] == "config.json"
+    assert len(target.order) == 5

@@ -1,0 +1,246 @@
+"""Steps from records to records: each asks first what is there, and repairs what a kill left."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.errors import ChangedCheckpoint, RecordError
+from ckptfuse.plan import Fuse, Quarantine, Skip
+from ckptfuse.reading import fingerprint_of, load
+from ckptfuse.records import FusionRecord, GateRecord, PlanRecord, SkipRecord
+from ckptfuse.service import Service, losses_of, open_service
+from ckptfuse.steps.judge import judge_fusion
+from ckptfuse.steps.look import discover, load_state, next_actions, quarantine, skip
+from ckptfuse.steps.merge import merge_fusion
+from ckptfuse.steps.weigh import decide_weights, spec_of
+from ckptfuse.window import Window
+from tests.helpers import (
+    checkpoint_record,
+    make_older,
+    make_service,
+    member,
+    plan_record,
+    record_losses,
+    write_checkpoint,
+)
+
+WEIGHTS = (0.25, 0.0, 0.75)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Service:
+    """A bucket of three checkpoints whose only tensor is their number."""
+    bucket = tmp_path / "bucket"
+    for n in (1, 2, 3):
+        write_checkpoint(bucket / f"step{n}00", {"w": torch.full((4,), float(n))})
+    return make_service(tmp_path, bucket=str(bucket), rule={"name": "uniform"})
+
+
+def decided(service: Service, weights: Sequence[float] = WEIGHTS) -> PlanRecord:
+    """A plan of the bucket's checkpoints with these weights."""
+    members = []
+    for n, weight in enumerate(weights, start=1):
+        found = open_checkpoint(f"{service.params.bucket}/step{n}00")
+        members.append(
+            member(n * 100, 2.0, weight).model_copy(
+                update={"uri": found.uri, "signature": found.signature,
+                        "fingerprint": fingerprint_of(found)}
+            )
+        )  # fmt: skip
+    return plan_record(300, members, fusion=spec_of(service, members, weights).id)
+
+
+def merged_weight(record: FusionRecord) -> float:
+    return float(load(open_checkpoint(record.folder)).state_dict["w"][0])
+
+
+# -- merge -------------------------------------------------------------------------------------
+
+
+def test_a_merge_leaves_a_folder_and_a_record_of_its_files(service: Service) -> None:
+    plan = decided(service)
+    record = merge_fusion(service, plan)
+    assert Path(record.folder) == service.workspace.model(plan.fusion)
+    assert merged_weight(record) == 0.25 * 1 + 0.75 * 3
+    assert record.files.keys() == {path.name for path in Path(record.folder).iterdir()}
+    assert record.size == sum(path.stat().st_size for path in Path(record.folder).iterdir())
+    assert service.records.get(FusionRecord, plan.fusion) == record
+
+
+def test_what_is_merged_is_not_merged_again(service: Service) -> None:
+    first = merge_fusion(service, decided(service))
+    plan = decided(service)
+    shutil.rmtree(service.params.bucket or "")
+    assert merge_fusion(service, plan) == first
+
+
+def test_a_member_without_weight_may_be_gone(service: Service) -> None:
+    """Trainers delete their oldest checkpoints while we work."""
+    plan = decided(service)
+    shutil.rmtree(f"{service.params.bucket}/step200")
+    assert merged_weight(merge_fusion(service, plan)) == 2.5
+
+
+def test_the_newest_lends_its_tokenizer_even_without_weight(service: Service) -> None:
+    (Path(service.params.bucket or "") / "step300" / "tokenizer.json").write_text("{}")
+    record = merge_fusion(service, decided(service, (0.5, 0.5, 0.0)))
+    assert "tokenizer.json" in record.files
+    assert merged_weight(record) == 1.5
+
+
+def test_a_folder_without_a_record_is_of_a_killed_run_and_made_anew(service: Service) -> None:
+    plan = decided(service)
+    folder = service.workspace.model(plan.fusion)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"half")
+    assert merged_weight(merge_fusion(service, plan)) == 2.5
+
+
+def test_pruned_weights_are_made_again_byte_for_byte(service: Service) -> None:
+    plan = decided(service)
+    first = merge_fusion(service, plan)
+    before = {path.name: path.read_bytes() for path in Path(first.folder).iterdir()}
+    shutil.rmtree(first.folder)
+    again = merge_fusion(service, plan)
+    assert {path.name: path.read_bytes() for path in Path(again.folder).iterdir()} == before
+
+
+def test_a_member_that_was_written_again_is_not_merged_under_its_old_name(
+    service: Service,
+) -> None:
+    plan = decided(service)
+    make_older(Path(f"{service.params.bucket}/step100"), 50)
+    with pytest.raises(ChangedCheckpoint):
+        merge_fusion(service, plan)
+    assert not service.workspace.model(plan.fusion).exists()
+
+
+# -- look --------------------------------------------------------------------------------------
+
+
+def test_a_first_look_finds_the_checkpoints_and_wants_them_scored(service: Service) -> None:
+    listing = discover(service)
+    actions = next_actions(service, listing, frozenset(), live=True)
+    assert [checkpoint.step for checkpoint in actions.score] == [100, 200, 300]
+    held = frozenset({listing.complete[0].signature})
+    rest = next_actions(service, listing, held, live=True)
+    assert [checkpoint.step for checkpoint in rest.score] == [200, 300]
+
+
+def test_quarantine_and_skip_are_records_that_the_next_look_heeds(service: Service) -> None:
+    listing = discover(service)
+    quarantine(service, Quarantine(listing.complete[2], None, "NaN"))
+    skip(service, Skip("window", 300, "superseded"))
+    state = load_state(service)
+    assert state.quarantined[listing.complete[2].signature].reason == "NaN"
+    assert state.is_closed("window")
+    actions = next_actions(service, listing, frozenset(), live=True)
+    assert [checkpoint.step for checkpoint in actions.score] == [100, 200]
+
+
+def test_a_checkpoint_counts_as_scored_when_every_split_has_its_record(service: Service) -> None:
+    record = checkpoint_record(100, tokenizer="tokenizer")
+    service.records.put(record.signature, record)
+    record_losses(service, record.fingerprint, np.ones(4), ["selection", "audit"])
+    assert load_state(service).scored == frozenset()
+    record_losses(service, record.fingerprint, np.ones(4), ["report"])
+    assert load_state(service).scored == {record.signature}
+
+
+# -- weigh and judge ---------------------------------------------------------------------------
+
+
+def window_of(service: Service, losses: Sequence[float]) -> Fuse:
+    """A window of scored checkpoints; the newest is the bucket's, which has a tokenizer."""
+    newest = Path(service.params.bucket or "") / "step300"
+    (newest / "tokenizer.json").write_text("{}")
+    uris = ["/gone/step100", "/gone/step200", str(newest)]
+    members = []
+    for n, (uri, loss) in enumerate(zip(uris, losses, strict=True), start=1):
+        print_ = f"f{n}"
+        members.append(
+            checkpoint_record(n * 100, uri=uri, tokenizer="tokenizer", fingerprint=print_)
+        )
+        record_losses(service, print_, np.linspace(9, 11, 40) * loss)
+    return Fuse("window", Window(tuple(members)))
+
+
+def test_a_plan_names_members_weights_losses_and_the_fusion(service: Service) -> None:
+    plan = decide_weights(service, window_of(service, [2.0, 1.9, 2.1]))
+    assert [m.weight for m in plan.members] == pytest.approx([1 / 3] * 3)
+    assert [m.loss for m in plan.members] == pytest.approx([2.0, 1.9, 2.1])
+    assert plan.fusion == spec_of(service, plan.members, [m.weight for m in plan.members]).id
+    assert plan.ancillary == "f3"
+
+
+def test_a_plan_stands_even_if_the_rule_would_answer_otherwise_now(service: Service) -> None:
+    item = window_of(service, [2.0, 1.9, 2.1])
+    first = decide_weights(service, item)
+    params = service.params.model_copy(
+        update={"rule": service.params.rule.model_copy(update={"name": "latest"})}
+    )
+    assert decide_weights(open_service(params), item) == first
+
+
+def judged(service: Service, fused: float) -> GateRecord:
+    """The verdict on a uniform fusion with this loss, of singles at 2.0, 1.9 and 2.1."""
+    item = window_of(service, [2.0, 1.9, 2.1])
+    plan = decide_weights(service, item).model_copy(update={"tokenizer": "tokenizer"})
+    record_losses(service, plan.fusion, np.linspace(9, 11, 40) * fused)
+    return judge_fusion(service, plan)
+
+
+def test_a_better_fusion_passes_against_the_best_and_the_newest(service: Service) -> None:
+    verdict = judged(service, 1.8)
+    assert verdict.verdict == "publish"
+    assert [(c.against, c.step) for c in verdict.comparisons] == [("best", 200), ("newest", 300)]
+    assert [c.gain for c in verdict.comparisons] == pytest.approx([0.1, 0.3])
+    assert verdict.test == 1
+
+
+def test_a_fusion_between_best_and_newest_is_declined_for_the_best(service: Service) -> None:
+    verdict = judged(service, 2.0)
+    assert verdict.verdict == "declined"
+    assert "the best single one (step 200): -0.1000" in verdict.reason
+
+
+def test_each_window_judged_is_one_more_test_and_the_same_window_is_not(service: Service) -> None:
+    first = judged(service, 1.8)
+    assert judged(service, 1.8) == first
+    plan = decide_weights(service, window_of(service, [2.0, 1.9, 2.1]))
+    other = plan.model_copy(update={"tokenizer": "tokenizer", "window": "another"})
+    second = judge_fusion(service, other)
+    assert (second.test, second.alpha) == (2, pytest.approx(0.05 / 6))
+
+
+def test_a_window_judged_again_by_another_measure_spends_no_new_share(service: Service) -> None:
+    judged(service, 1.8)
+    stricter = service.params.gate.model_copy(update={"minimum_gain": 0.2})
+    again = open_service(service.params.model_copy(update={"gate": stricter}))
+    verdict = judged(again, 1.8)
+    assert verdict.verdict == "declined"
+    assert verdict.test == 1
+
+
+def test_all_weight_on_one_checkpoint_is_declined_unmerged(service: Service) -> None:
+    plan = plan_record(300, [member(100, 2.0, 0.0), member(300, 1.9, 1.0)])
+    verdict = judge_fusion(service, plan)
+    assert verdict.verdict == "declined"
+    assert "all weight on step 300" in verdict.reason
+    assert verdict.comparisons == []
+
+
+def test_a_loss_that_was_never_measured_is_asked_for_in_vain(service: Service) -> None:
+    with pytest.raises(RecordError, match="no score on the audit split"):
+        losses_of(service, "nobody", "tokenizer", "audit")
+
+
+def test_a_skip_is_kept_as_it_was_first_said(service: Service) -> None:
+    skip(service, Skip("window", 300, "first"))
+    skip(service, Skip("window", 300, "second"))
+    assert service.records.all(SkipRecord)["window"].reason == "first"
