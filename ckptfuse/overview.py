@@ -16,8 +16,8 @@ from ckptfuse.records import (
     QuarantineRecord,
     SkipRecord,
 )
-from ckptfuse.service import Service
-from ckptfuse.window import in_order
+from ckptfuse.service import Service, plans_of
+from ckptfuse.window import in_order, window_key, windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,29 +46,31 @@ class Overview:
 def overview(service: Service, split: Split = "report") -> Overview:
     """Read the records; ``split`` is where the losses are quoted from."""
     records = service.records
-    plans = {plan.ancillary: plan for plan in records.all(PlanRecord).values()}
+    plans = {plan.ancillary: plan for plan in plans_of(service).values()}
     gates = {gate.window: gate for gate in records.all(GateRecord).values()}
-    skips = {skip.step: skip for skip in records.all(SkipRecord).values()}
+    skips = records.all(SkipRecord)
+    science, corpus = service.params.scientific_digest(), service.scorer.corpus_digest()
     publications = {p.window: p for p in records.all(PublicationRecord).values()}
     present = champion(service)
     crowned = present.fusion if present else None
     rows: list[Row] = []
     ordered = in_order(records.all(CheckpointRecord).values())
-    for index, checkpoint in enumerate(ordered):
+    single = service.params.window.model_copy(update={"minimum": 1})  # best single: of any number
+    for window in windows(ordered, single):
+        checkpoint, key = window.newest, window_key(window.newest, science, corpus)
         plan = plans.get(checkpoint.fingerprint)
-        members = _behind(ordered[: index + 1], service.params.window.size)
         row = Row(
             checkpoint.name,
             checkpoint.step,
             loss=_loss(service, checkpoint.fingerprint, checkpoint.tokenizer, split),
-            best_single=_best_single(service, members, split),
+            best_single=_best_single(service, window.members, split),
         )
         if plan is not None:
             row = _with_plan(
                 service, row, plan, gates.get(plan.window), publications, crowned, split
             )
-        elif checkpoint.step in skips:
-            row = replace(row, verdict="skipped", reason=skips[checkpoint.step].reason)
+        elif key in skips:
+            row = replace(row, verdict="skipped", reason=skips[key].reason)
         rows.append(row)
     return Overview(
         rows=tuple(rows),
@@ -76,13 +78,6 @@ def overview(service: Service, split: Split = "report") -> Overview:
         champion=present,
         publications=tuple(sorted(publications.values(), key=lambda p: int(p.version))),
     )
-
-
-def _behind(ordered: Sequence[CheckpointRecord], size: int) -> list[CheckpointRecord]:
-    """The checkpoints that a window ending at the last of them draws from."""
-    newest = ordered[-1]
-    kin = [c for c in ordered if (c.generation, c.segment) == (newest.generation, newest.segment)]
-    return kin[-size:]
 
 
 def _best_single(

@@ -38,9 +38,9 @@ class Domain(Section):
 class Shares(Section):
     """Parts of the documents that go to each split; normalised to 1."""
 
-    selection: float = Field(default=0.25, ge=0)
+    selection: float = Field(default=0.25, gt=0)
     audit: float = Field(default=0.5, gt=0)
-    report: float = Field(default=0.25, ge=0)
+    report: float = Field(default=0.25, gt=0)
 
 
 class Budget(Section):

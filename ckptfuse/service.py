@@ -8,7 +8,7 @@ from ckptfuse.corpus import Split
 from ckptfuse.errors import RecordError
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
-from ckptfuse.records import Records
+from ckptfuse.records import GateRecord, PlanRecord, Records
 from ckptfuse.rules import get_rule
 from ckptfuse.scoring import Scorer
 from ckptfuse.workspace import Workspace
@@ -45,3 +45,14 @@ def losses_of(service: Service, model_id: str, tokenizer: str, split: Split) -> 
     if found is None:
         raise RecordError(f"model {model_id[:16]} has no score on the {split} split")
     return found
+
+
+def plans_of(service: Service) -> dict[str, PlanRecord]:
+    """Window -> its plan.
+
+    A window has a second one when a checkpoint vanished before it could be merged; the plan that
+    the gate judged is the one that counts.
+    """
+    judged = {verdict.fusion for verdict in service.records.all(GateRecord).values()}
+    plans = service.records.all(PlanRecord).values()
+    return {plan.window: plan for plan in sorted(plans, key=lambda plan: plan.fusion in judged)}

@@ -12,7 +12,6 @@ from ckptfuse.records import (
     CheckpointRecord,
     FusionRecord,
     GateRecord,
-    Member,
     PlanRecord,
     PublicationRecord,
 )
@@ -31,16 +30,16 @@ def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRe
     """Take one window through to its verdict and, if the gate passes, its publication.
 
     ``members`` are the signatures of the window's checkpoints, oldest first. None when a
-    checkpoint turned out to be damaged; it is quarantined then, and the window skipped.
+    checkpoint turned out to be damaged; it is quarantined then.
     """
     service = open_service(load_params(Path(params_file)))
     known = service.records.all(CheckpointRecord)
     item = Fuse(window, Window(tuple(known[signature] for signature in members)))
-    decided = decide_weights(service, item)
     try:
+        decided = decide_weights(service, item)
         verdict = _verdict(service, decided)
     except NonFiniteValues as error:
-        _set_aside(service, decided, error)
+        _set_aside(service, item, error)
         return None
     if verdict.verdict == "publish":
         publish_window(service, decided, verdict)
@@ -54,16 +53,13 @@ def _verdict(service: Service, decided: PlanRecord) -> GateRecord:
     return judge_fusion(service, decided)
 
 
-def _set_aside(service: Service, decided: PlanRecord, error: NonFiniteValues) -> None:
-    """Quarantine the member that is to blame; the next run goes on without it."""
-    for member in decided.members:
-        if error.checkpoint in (member.name, member.uri):
-            quarantine(service, _quarantine_of(member, str(error)))
-    skip(service, Skip(decided.window, decided.step, str(error)))
-
-
-def _quarantine_of(member: Member, reason: str) -> Quarantine:
-    return Quarantine(open_checkpoint(member.uri), None, reason)
+def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
+    """Quarantine the member that is to blame, so that the window is planned without it."""
+    blamed = [m for m in item.window.members if error.checkpoint in (m.name, m.uri)]
+    for member in blamed:
+        quarantine(service, Quarantine(open_checkpoint(member.uri), None, str(error)))
+    if not blamed:  # the merge itself overflows: to try again would not help
+        skip(service, Skip(item.key, item.window.step, str(error)))
 
 
 def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -> PublicationRecord:

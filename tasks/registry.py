@@ -17,7 +17,7 @@ from ckptfuse.errors import PublicationError
 from ckptfuse.evaluation import evaluate
 from ckptfuse.gate import best_member
 from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, PlanRecord, ScoreRecord
-from ckptfuse.service import Service, losses_of, target_loss
+from ckptfuse.service import Service, losses_of, plans_of, target_loss
 from tasks.ledger import LedgerEntry, link_tree
 
 FUSION_TAG = "ckptfuse.fusion"
@@ -115,7 +115,7 @@ class Registry:
             if loss is not None:
                 yield ("loss.raw", loss, *point)
                 yield ("perplexity.raw", math.exp(loss), *point)
-        for plan in service.records.all(PlanRecord).values():
+        for plan in plans_of(service).values():
             point = (plan.step, written.get(plan.ancillary, 0.0))
             best = self._report_loss(best_member(plan.members).fingerprint, plan.tokenizer)
             fusion = self._report_loss(plan.fusion, plan.tokenizer)

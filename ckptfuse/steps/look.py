@@ -6,12 +6,11 @@ from ckptfuse.plan import Actions, Quarantine, Skip, State, plan
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
-    PlanRecord,
     PublicationRecord,
     QuarantineRecord,
     SkipRecord,
 )
-from ckptfuse.service import Service
+from ckptfuse.service import Service, plans_of
 from ckptfuse.store import open_store
 
 
@@ -37,7 +36,7 @@ def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
         scored=frozenset(scored),
         held=held,
         quarantined=records.all(QuarantineRecord),
-        plans=records.all(PlanRecord),
+        plans=plans_of(service),
         gates={gate.window: gate for gate in records.all(GateRecord).values()},
         skips=records.all(SkipRecord),
         publications={p.window: p for p in records.all(PublicationRecord).values()},

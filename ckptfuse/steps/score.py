@@ -41,8 +41,11 @@ def score_checkpoints(service: Service, waiting: Sequence[Checkpoint]) -> list[U
         for checkpoint, answer in zip(group, answers, strict=True):
             if answer.failed is not None:
                 unscored.append(_not_scored(service, checkpoint, answer.failed))
-            else:
+                continue
+            try:
                 _remember(service, checkpoint, source, answer)
+            except CkptfuseError as error:  # deleted or written again since the job read it
+                unscored.append(Unscored(checkpoint, str(error), quarantined=False))
     return unscored
 
 

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from ckptfuse.deciding import Evaluator, decide
+from ckptfuse.digests import digest
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.plan import Fuse
 from ckptfuse.protocol import Input, MergeModel
-from ckptfuse.records import CheckpointRecord, Member, PlanRecord
+from ckptfuse.records import CheckpointRecord, FusionRecord, Member, PlanRecord
 from ckptfuse.rules import Weights, get_rule
 from ckptfuse.scoring import TokenizerSource
-from ckptfuse.service import Service, losses_of, target_loss
+from ckptfuse.service import Service, losses_of, plans_of, target_loss
 from ckptfuse.steps.score import raise_failed
 from ckptfuse.window import Window
 
@@ -68,9 +70,12 @@ def weigh(
 
 
 def decide_weights(service: Service, item: Fuse) -> PlanRecord:
-    """The plan of a window: its members, their weights and the fusion's id."""
-    known = service.records.get(PlanRecord, item.key)
-    if known is not None:
+    """The plan of a window: its members, their weights and the fusion's id.
+
+    A plan that was made before stands for as long as it can be carried out.
+    """
+    known = plans_of(service).get(item.key)
+    if known is not None and _is_possible(service, known, item.window):
         return known
     members = item.window.members
     tokenizer = service.scorer.tokenizer(item.window.newest.uri)
@@ -102,5 +107,14 @@ def decide_weights(service: Service, item: Fuse) -> PlanRecord:
         notes={name: value for name, value in answer.notes.items() if math.isfinite(value)},
         params=service.params.scientific_digest(),
     )
-    service.records.put(item.key, record)
+    service.records.put(digest([item.key, record.fusion]), record)
     return record
+
+
+def _is_possible(service: Service, decided: PlanRecord, window: Window) -> bool:
+    """Whether it is merged already, or all that it draws from is still in the window."""
+    merged = service.records.get(FusionRecord, decided.fusion)
+    if merged is not None and Path(merged.folder).is_dir():
+        return True
+    present = {member.fingerprint for member in window.members}
+    return all(m.fingerprint in present for m in decided.members if m.weight)

@@ -7,7 +7,7 @@ import pytest
 
 from ckptfuse.corpus import SPLITS, documents_of, read_corpus
 from ckptfuse.errors import CorpusError
-from ckptfuse.params import CorpusParams, Domain, Shares
+from ckptfuse.params import CorpusParams, Domain
 
 
 def write_texts(path: Path, texts: list[str]) -> Domain:
@@ -55,11 +55,6 @@ def test_another_salt_splits_anew_and_is_another_corpus(tmp_path: Path) -> None:
     other = corpus_of(tmp_path / "a.jsonl", TEXTS, salt="another")
     assert texts_by_split(one) != texts_by_split(other)
     assert read_corpus(one).digest != read_corpus(other).digest
-
-
-def test_a_share_of_zero_leaves_a_split_empty(tmp_path: Path) -> None:
-    params = corpus_of(tmp_path / "a.jsonl", TEXTS, shares=Shares(selection=0, audit=1, report=1))
-    assert texts_by_split(params)["selection"] == []
 
 
 def test_a_document_of_two_domains_counts_in_the_first(tmp_path: Path) -> None:

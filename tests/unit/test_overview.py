@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ckptfuse.overview import Row, overview, steps_saved
 from ckptfuse.records import (
+    CheckpointRecord,
     GateRecord,
     PromotionRecord,
     PublicationRecord,
@@ -16,6 +17,7 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.service import Service
+from ckptfuse.window import window_key
 from tests.helpers import checkpoint_record, make_service, member, plan_record, record_losses
 
 
@@ -86,8 +88,11 @@ def service(tmp_path: Path) -> Service:
         record = checkpoint_record(step, tokenizer="tokenizer", fingerprint=f"fingerprint-{step}")
         service.records.put(f"s{step}", record)
         record_losses(service, record.fingerprint, np.full(6, 10 * loss))
+    second = next(r for r in service.records.all(CheckpointRecord).values() if r.step == 200)
+    science, corpus = service.params.scientific_digest(), service.scorer.corpus_digest()
+    skipped = window_key(second, science, corpus)
     service.records.put(
-        "window-200", SkipRecord(window="window-200", step=200, reason="superseded by step 300")
+        skipped, SkipRecord(window=skipped, step=200, reason="superseded by step 300")
     )
     decided = plan_record(300, [member(s, x) for s, x in ((100, 3.0), (200, 2.8), (300, 2.9))])
     service.records.put("window-300", decided)

@@ -187,6 +187,26 @@ def test_a_plan_stands_even_if_the_rule_would_answer_otherwise_now(service: Serv
     assert decide_weights(open_service(params), item) == first
 
 
+def test_a_plan_is_made_again_without_a_checkpoint_that_vanished(service: Service) -> None:
+    item = window_of(service, [2.0, 1.9, 2.1])
+    first = decide_weights(service, item)
+    left = Fuse(item.key, Window(item.window.members[1:]))
+    second = decide_weights(service, left)
+    assert [m.fingerprint for m in second.members] == ["f2", "f3"]
+    assert second.window == first.window
+    assert decide_weights(service, left) == second
+
+
+def test_a_plan_that_is_merged_needs_its_checkpoints_no_more(
+    service: Service, tmp_path: Path
+) -> None:
+    item = window_of(service, [2.0, 1.9, 2.1])
+    first = decide_weights(service, item)
+    merged = FusionRecord(fusion=first.fusion, step=300, folder=str(tmp_path), size=0, files={})
+    service.records.put(first.fusion, merged)
+    assert decide_weights(service, Fuse(item.key, Window(item.window.members[1:]))) == first
+
+
 def judged(service: Service, fused: float) -> GateRecord:
     """The verdict on a uniform fusion with this loss, of singles at 2.0, 1.9 and 2.1."""
     item = window_of(service, [2.0, 1.9, 2.1])
