@@ -31,7 +31,7 @@ demo: $(READY) ## pretrain a small model while the service watches, fuses, regis
 	$(BIN)/ckptfuse demo
 
 test: $(READY) lint ## lint, types and the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -28,4 +28,5 @@ def prepare(workspace: Path) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(workspace.resolve() / "prefect"))
+    os.environ.setdefault("MPLCONFIGDIR", str(workspace.resolve() / "cache" / "matplotlib"))
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")

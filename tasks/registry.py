@@ -27,9 +27,13 @@ _RUN_NAME_TAG = "mlflow.runName"
 _MODEL_FOLDER = "model"  # where mlflow.transformers expects the weights beside its MLmodel
 
 
+#: Read before MLflow is told a URI: it then overwrites the variable, for a next service too.
+_GIVEN_URI = os.environ.get("MLFLOW_TRACKING_URI")
+
+
 def tracking_uri(service: Service) -> str:
     """The tracking server, or a sqlite file in the workspace."""
-    given = service.params.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    given = service.params.mlflow.tracking_uri or _GIVEN_URI
     return given or f"sqlite:///{service.workspace.root.resolve()}/mlflow.db"
 
 

@@ -189,6 +189,3 @@ def _checkpoint_record(member: Member, window: WindowFile) -> CheckpointRecord:
         segment="",
         generation=1,
     )
-
-
-STAGES = {"decide": decide, "fuse": fuse, "evaluate": evaluate_stage}

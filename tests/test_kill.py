@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from flows.watch import watch
-from tests.conftest import Project, Trajectory, make_project
+from tests.conftest import Project, Trajectory, environment, make_project
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -90,6 +90,7 @@ def scene(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env=environment(),
     )
     with zygote:
         made = Scene(project, folder / "before", zygote)
@@ -124,7 +125,9 @@ def test_a_scoring_job_ends_with_the_service_that_started_it(
     project = make_project(tmp_path / "project", trajectory)
     project.land(*trajectory.steps()[:4])
     service = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "watch", "--once"], cwd=project.folder
+        [sys.executable, "-m", "flows.cli", "watch", "--once"],
+        cwd=project.folder,
+        env=environment(),
     )
     job = _wait_for_child(service, "ckptfuse.job")
     service.kill()
