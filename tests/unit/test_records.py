@@ -1,7 +1,8 @@
 """Records: written once, whole or not at all, and read back as they were."""
 
 import json
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -171,24 +172,25 @@ def test_records_live_in_a_bucket_as_in_a_folder(tmp_path: Path, moto_s3: S3Serv
     assert records.arrays(ScoreRecord, "a")["nll"].tolist() == [1, 1]
 
 
-def _write_many(folder: str) -> None:
-    for number in range(20):
-        Records(FolderStore(Path(folder))).put(str(number), skip(), {"x": np.ones(1000)})
+_WRITE_MANY = """
+import sys, numpy as np
+from tests.unit.test_records import Records, FolderStore, Path, skip
+records = Records(FolderStore(Path(sys.argv[1])))
+for number in range(20):
+    records.put(str(number), skip(), {"x": np.ones(1000)})
+"""
 
 
 def test_processes_that_write_the_same_records_at_once_do_not_disturb_each_other(
     tmp_path: Path,
 ) -> None:
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_many, args=(str(tmp_path),)) for _ in range(3)]
-    for writer in writers:
-        writer.start()
+    """Fresh processes: a fork of ours would take along the threads of servers' clients."""
+    command = [sys.executable, "-c", _WRITE_MANY, str(tmp_path)]
+    writers = [subprocess.Popen(command) for _ in range(3)]
     records = Records(FolderStore(tmp_path))
-    while any(writer.is_alive() for writer in writers):
+    while any(writer.poll() is None for writer in writers):
         assert all(record == skip() for record in records.all(SkipRecord).values())
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
     assert len(records.all(SkipRecord)) == 20
     assert sorted(path.suffix for path in (tmp_path / "skip").iterdir()) == (
         [".json"] * 20 + [".npz"] * 20
