@@ -89,12 +89,12 @@ def shared(
     """A folder that the first of the test processes makes and all of them use."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker == "master" else base.parent) / name
+    made = folder.with_name(f"{name}.made")
     with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            part = folder.with_name(f"{name}.part")  # what fails half-way is no folder of that name
-            part.mkdir()
-            make(part)
-            part.rename(folder)
+        if not made.exists():
+            folder.mkdir()
+            make(folder)
+            made.touch()
     return folder
 
 
@@ -259,16 +259,22 @@ def project(tmp_path: Path, trajectory: Trajectory) -> Project:
 
 @pytest.fixture(scope="session")
 def finished(
-    prefect_server: str, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
+    prefect_server: str,
+    trajectory: Trajectory,
+    tmp_path_factory: pytest.TempPathFactory,
+    worker_id: str,
 ) -> Project:
     """Four checkpoints landed and were fused, then two more. For tests that only look."""
-    from flows.watch import watch
 
-    project = make_project(tmp_path_factory.mktemp("loop"), trajectory)
-    project.land(420, 480, 540, 600)
-    first = watch(project.params_file)
-    assert (first.scored, first.published) == (4, 1), first
-    project.land(660, 720)
-    second = watch(project.params_file)
-    assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
-    return project
+    def run(folder: Path) -> None:
+        from flows.watch import watch
+
+        project = make_project(folder, trajectory)
+        project.land(420, 480, 540, 600)
+        first = watch(project.params_file)
+        assert (first.scored, first.published) == (4, 1), first
+        project.land(660, 720)
+        second = watch(project.params_file)
+        assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
+
+    return Project(shared(tmp_path_factory, worker_id, "finished", run), trajectory)
