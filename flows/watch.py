@@ -67,9 +67,9 @@ def _look(service: Service, params_file: str, live: bool) -> Summary:
     except PublicationError as error:
         summary.delayed = str(error)
         log.warning("publication waits for the next run: %s", error)
-    if not summary.did_nothing:
-        draw_curves(service)
-        prune(service)
+    # Whatever this look did: the one before may have been killed on its way here.
+    draw_curves(service)
+    prune(service)
     return summary
 
 

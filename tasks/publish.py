@@ -3,9 +3,16 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ckptfuse.digests import digest
 from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.promotion import decide_promotion
-from ckptfuse.records import FusionRecord, GateRecord, PlanRecord, PublicationRecord
+from ckptfuse.records import (
+    CheckpointRecord,
+    FusionRecord,
+    GateRecord,
+    PlanRecord,
+    PublicationRecord,
+)
 from ckptfuse.service import Service
 from tasks.ledger import LedgerEntry
 from tasks.log import log
@@ -65,7 +72,14 @@ def _publish(
 @task(cache_policy=NO_CACHE)
 def draw_curves(service: Service) -> None:
     """Bring MLflow's curves up to the records; a registry that is down waits for the next run."""
+    seen = digest(
+        [sorted(service.records.all(k)) for k in (CheckpointRecord, PlanRecord, GateRecord)]
+    )
+    marker = service.workspace.folder("cache") / "curves"
+    if marker.is_file() and marker.read_text() == seen:
+        return  # without loading MLflow
     try:
         Registry(service).draw_curves()
+        marker.write_text(seen)
     except Exception as error:  # any of MLflow's, its database's or the network's
         log.warning("the curves in MLflow wait for the next run: %s", error)
