@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 #: The seams between systems, where a kill leaves most behind; all the others in `make test-faults`.
 SEAMS = (
     "weights written",
-    "git commit",
     "mlflow create_model_version",
     "mlflow set_registered_model_alias champion",
+    "record publication",
 )
 
 
