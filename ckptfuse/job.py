@@ -24,7 +24,8 @@ from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
 from ckptfuse.losses import Losses, bits_per_byte
-from ckptfuse.merge import merge_to_memory, open_inputs
+from ckptfuse.merge.inputs import open_inputs
+from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.modeling import build_model, vocabulary_size
 from ckptfuse.perplexity import score_blocks
 from ckptfuse.protocol import (

@@ -1,16 +1,15 @@
-"""Score or merge by hand: no service, no parameters file, no records that stay."""
+"""Score by hand: no service, no parameters file, no records that stay."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import block_digest, load_tokenizer
-from ckptfuse.checkpoints import Contents, open_checkpoint, read_layout
+from ckptfuse.checkpoints import open_checkpoint, read_layout
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
-from ckptfuse.errors import CkptfuseError, ConfigurationError
-from ckptfuse.fusion import FusionSpec, check_weights
+from ckptfuse.errors import CkptfuseError
 from ckptfuse.params import CorpusParams, Domain, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
 from ckptfuse.records import DomainScore, Records, ScoreRecord
@@ -96,33 +95,3 @@ def _digest(corpus: Corpus, tokenizer: str, split: Split | None, params: Scoring
         block_length=params.block_length,
         bos=params.bos,
     )
-
-
-def merge_once(
-    out: str, checkpoints: Sequence[str], weights: Sequence[float], *, dtype: str | None = None
-) -> tuple[FusionSpec, Contents]:
-    """Merge checkpoints, oldest first, into a new folder or S3 prefix.
-
-    Configuration, tokenizer and sharding are the last checkpoint's.
-    """
-    from ckptfuse.merge import open_inputs, write_fusion  # torch: scoring leaves it to the job
-    from ckptfuse.reading import fingerprint_of
-
-    opened = [open_checkpoint(uri) for uri in checkpoints]
-    chosen = check_weights(weights)
-    used = [checkpoint for checkpoint, weight in zip(opened, chosen, strict=True) if weight]
-    inputs = open_inputs(used, opened[-1], dtype)
-    target = open_store(out)
-    if isinstance(target, FolderStore):
-        taken = target.root.exists() and (not target.root.is_dir() or any(target.root.iterdir()))
-    else:
-        taken = bool(target.list())
-    if taken:
-        raise ConfigurationError(f"{out} is there already and not empty; choose another place")
-    spec = FusionSpec(
-        fingerprints=tuple(fingerprint_of(checkpoint) for checkpoint in used),
-        weights=tuple(weight for weight in chosen if weight),
-        ancillary=fingerprint_of(opened[-1]),
-        dtype=dtype,
-    )
-    return spec, write_fusion(inputs, spec, target)

@@ -15,11 +15,10 @@ import torch
 
 from ckptfuse import checkpoints, digests
 from ckptfuse.checkpoints import Checkpoint, Layout
-from ckptfuse.errors import ChangedCheckpoint, DamagedCheckpoint, MissingFile, NonFiniteValues
+from ckptfuse.errors import DamagedCheckpoint, NonFiniteValues
+from ckptfuse.fingerprints import READ_THREADS, check_unchanged
 from ckptfuse.formats.safetensors import Tensor
 from ckptfuse.store import Entry, Store
-
-READ_THREADS = 8
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -69,33 +68,6 @@ def load(checkpoint: Checkpoint) -> Loaded:
     for name, values in state_dict.items():
         check_finite(values, name=name, checkpoint=checkpoint)
     return Loaded(layout, state_dict, contents)
-
-
-def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """Read every file once, for its hash alone."""
-    store = checkpoint.store()
-    contents = {}
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for entry in checkpoint.files:
-            _, content = _read_file(store, entry, pool)
-            contents[entry.path] = (entry.size, content)
-    check_unchanged(checkpoint)
-    return checkpoints.fingerprint(contents)
-
-
-def check_unchanged(checkpoint: Checkpoint) -> None:
-    """Raise ChangedCheckpoint unless every file still has the size and version of the listing."""
-    store = checkpoint.store()
-    for entry in checkpoint.files:
-        try:
-            now = store.stat(entry.path)
-        except MissingFile:
-            now = None
-        if now is None or (now.size, now.version) != (entry.size, entry.version):
-            raise ChangedCheckpoint(
-                f"{checkpoint.uri}/{entry.path} was written again or removed while it was read; "
-                "nothing was kept of this reading"
-            )
 
 
 def check_finite(values: torch.Tensor, *, name: str, checkpoint: Checkpoint) -> None:

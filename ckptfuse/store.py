@@ -8,6 +8,7 @@ S3 shows an object only when its (multipart) upload completes.
 import contextlib
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -38,10 +39,27 @@ class Writer(Protocol):
     def write(self, data: bytes | bytearray | memoryview, /) -> object: ...
 
 
+class Reader(Protocol):
+    """One file, read by ranges from any thread."""
+
+    def read_into(self, start: int, view: memoryview, /) -> None:
+        """Fill ``view`` from ``start``; raises StoreError when the file is shorter."""
+
+
+class PartWriter(Protocol):
+    """One new file of known size, written in parts from any thread and in any order."""
+
+    def write_at(self, start: int, data: memoryview, /) -> None: ...
+
+
 class Store(Protocol):
     """Files under one URI. Paths are relative, with forward slashes."""
 
     uri: str
+    #: Bytes that one read should ask for: what keeps the way to them busy.
+    request_size: int
+    #: Whether reads wait for a network, so that more of them at once go faster.
+    is_remote: bool
 
     def list(self, prefix: str = "") -> list[Entry]:
         """All files whose path starts with ``prefix``, sorted by path."""
@@ -55,11 +73,22 @@ class Store(Protocol):
     def read_range(self, path: str, start: int, length: int) -> bytes | bytearray:
         """Exactly ``length`` bytes from ``start``; raises StoreError when the file is shorter."""
 
+    def reader(self, path: str) -> AbstractContextManager[Reader]:
+        """Open a file for reading by ranges; raises MissingFile."""
+
     def write(self, path: str, data: bytes) -> None:
         """Write a whole file, atomically, over any earlier one."""
 
     def writer(self, path: str) -> AbstractContextManager[Writer]:
         """Stream a new file; it appears when the context ends without an error."""
+
+    def part_writer(
+        self, path: str, size: int, part_size: int
+    ) -> AbstractContextManager[PartWriter]:
+        """Write a new file of ``size`` bytes by parts; it appears when the context ends well.
+
+        Each part starts at a multiple of ``part_size`` and has that length, but for the last.
+        """
 
     def delete(self, path: str) -> None:
         """Remove a file; a missing one is no error."""
@@ -102,6 +131,9 @@ def read_uri(uri: str) -> bytes:
 class FolderStore:
     """A folder of a local or mounted file system."""
 
+    request_size = 512 * 1024  # small enough to be still in the cache when it is used
+    is_remote = False
+
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 - links stay as they are named
         self.uri = str(self.root)
@@ -141,17 +173,17 @@ class FolderStore:
             return self.path(path).read_bytes()
 
     def read_range(self, path: str, start: int, length: int) -> bytes | bytearray:
+        data = bytearray(length)
+        with self.reader(path) as reader:
+            reader.read_into(start, memoryview(data))
+        return data
+
+    @contextmanager
+    def reader(self, path: str) -> Iterator[Reader]:
         with self._missing(path):
             descriptor = os.open(self.path(path), os.O_RDONLY)
         try:
-            data = bytearray(length)
-            view, done = memoryview(data), 0
-            while done < length:  # one read returns at most 2 GiB
-                count = os.preadv(descriptor, [view[done:]], start + done)
-                if count == 0:
-                    raise StoreError(_short_read(self.uri, path, start, length, done))
-                done += count
-            return data
+            yield _Descriptor(descriptor, self.uri, path)
         finally:
             os.close(descriptor)
 
@@ -161,14 +193,27 @@ class FolderStore:
 
     @contextmanager
     def writer(self, path: str) -> Iterator[Writer]:
+        with self._new_file(path) as descriptor, open(descriptor, "wb", closefd=False) as out:
+            yield out
+
+    @contextmanager
+    def part_writer(self, path: str, size: int, part_size: int) -> Iterator[PartWriter]:
+        with self._new_file(path) as descriptor:
+            yield _Descriptor(descriptor, self.uri, path)
+
+    @contextmanager
+    def _new_file(self, path: str) -> Iterator[int]:
+        """A temporary file's descriptor; synced and renamed when the context ends well."""
         target = self.path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
         try:
-            with temporary.open("wb") as out:
-                yield out
-                out.flush()
-                os.fsync(out.fileno())
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             temporary.replace(target)
         except OSError as error:
             raise StoreError(f"cannot write {target}: {error}") from error
@@ -193,8 +238,32 @@ class FolderStore:
             raise StoreError(f"{self.uri}/{path}: permission denied") from error
 
 
+class _Descriptor:
+    """An open file of a folder store, read or written at any offset."""
+
+    def __init__(self, descriptor: int, uri: str, path: str) -> None:
+        self._descriptor = descriptor
+        self._where = (uri, path)
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        done = 0
+        while done < len(view):  # one read returns at most 2 GiB
+            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            if count == 0:
+                raise StoreError(_short_read(*self._where, start, len(view), done))
+            done += count
+
+    def write_at(self, start: int, data: memoryview) -> None:
+        while len(data):
+            count = os.pwrite(self._descriptor, data, start)
+            start, data = start + count, data[count:]
+
+
 class S3Store:
     """A prefix of an S3 bucket; endpoint, region and credentials come from the AWS settings."""
+
+    request_size = 8 * 1024 * 1024
+    is_remote = True
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket = bucket
@@ -234,6 +303,15 @@ class S3Store:
         if len(data) != length:
             raise StoreError(_short_read(self.uri, path, start, length, len(data)))
         return data
+
+    @contextmanager
+    def reader(self, path: str) -> Iterator[Reader]:
+        yield _Ranges(self, path)
+
+    @contextmanager
+    def part_writer(self, path: str, size: int, part_size: int) -> Iterator[PartWriter]:
+        with self.writer(path) as upload:
+            yield _Parts(upload, part_size)
 
     def write(self, path: str, data: bytes) -> None:
         with self._explained(path):
@@ -283,6 +361,35 @@ class S3Store:
             raise StoreError(
                 f"{where}: {error}; is AWS_ENDPOINT_URL right and the store up?"
             ) from error
+
+
+class _Ranges:
+    """An object, read by ranged requests."""
+
+    def __init__(self, store: S3Store, path: str) -> None:
+        self._store = store
+        self._path = path
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        view[:] = self._store.read_range(self._path, start, len(view))
+
+
+class _Parts:
+    """Parts that come in any order, handed on in order; those that came early wait in memory."""
+
+    def __init__(self, out: Writer, part_size: int) -> None:
+        self._out = out
+        self._part_size = part_size
+        self._next = 0
+        self._waiting: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+
+    def write_at(self, start: int, data: memoryview) -> None:
+        with self._lock:
+            self._waiting[start] = bytes(data)
+            while self._next in self._waiting:
+                self._out.write(self._waiting.pop(self._next))
+                self._next += self._part_size
 
 
 def _client_error(where: str, bucket: str, code: str, error: Exception) -> StoreError:

@@ -264,7 +264,7 @@ def merge(
         raise ConfigurationError(f"--dtype {dtype!r}: float32, bfloat16 or float16 is expected")
     if abs(sum(weights) - 1) > 1e-6:
         stderr.print(f"note: the weights sum to {sum(weights):g}; they are used as given")
-    from ckptfuse.once import merge_once
+    from ckptfuse.merge.once import merge_once
 
     spec, contents = merge_once(out, [uri for uri, _ in pairs], weights, dtype=dtype)
     size = sum(size for size, _ in contents.values())

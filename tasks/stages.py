@@ -15,9 +15,9 @@ from pathlib import Path
 from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, ConfigurationError
 from ckptfuse.evaluation import Evaluation, evaluate
+from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.params import load_params
 from ckptfuse.protocol import CheckpointModel, Input
-from ckptfuse.reading import fingerprint_of
 from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, Member, PlanRecord
 from ckptfuse.score_files import export_scores, import_scores
 from ckptfuse.service import Service, losses_of, target_loss

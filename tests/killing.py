@@ -25,7 +25,7 @@ from typing import Any
 import mlflow.transformers  # noqa: F401 - the slow imports, once, before any fork
 from mlflow import MlflowClient
 
-import ckptfuse.merge
+import ckptfuse.merge.folder
 import ckptfuse.scoring
 import tasks.ledger
 import tasks.prune
@@ -70,8 +70,8 @@ class Killer:
     def install(self) -> None:
         self.wrap(Records, "put", lambda _, key, record, *rest: f"record {record.kind}")
         self.wrap(ckptfuse.scoring, "run_job", lambda *_, **__: "scoring job")
-        self.wrap(ckptfuse.merge, "_write_files", lambda *_: "weights written")
-        self.wrap(ckptfuse.merge, "_rename", lambda *_: "weights renamed")
+        self.wrap(ckptfuse.merge.folder, "_write_files", lambda *_: "weights written")
+        self.wrap(ckptfuse.merge.folder, "_rename", lambda *_: "weights renamed")
         self.wrap(tasks.ledger.Ledger, "_run", lambda _, command: _words(command))
         self.wrap(tasks.ledger, "link_tree", lambda *_: "weights linked into the ledger")
         self.wrap(tasks.registry, "link_tree", lambda *_: "weights linked into the registry")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from ckptfuse.checkpoints import Checkpoint, Contents, open_checkpoint
 from ckptfuse.fusion import FusionSpec
+from ckptfuse.merge.folder import write_fusion
+from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.records import FusionRecord, PlanRecord
 from ckptfuse.service import Service
 from ckptfuse.steps.weigh import spec_of
@@ -36,8 +38,6 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
 
 def make_fusion(spec: FusionSpec, members: Sequence[Checkpoint], folder: Path) -> Contents:
     """Merge into a local folder. ``members`` are all of ``spec``'s, the ancillary one last."""
-    from ckptfuse.merge import open_inputs, write_fusion  # torch, which most steps do without
-
     used = [c for c, weight in zip(members, spec.weights, strict=True) if weight]
     inputs = open_inputs(used, members[-1], spec.dtype)
     return write_fusion(inputs, spec.narrowed(), FolderStore(folder))

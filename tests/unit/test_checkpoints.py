@@ -23,7 +23,7 @@ from ckptfuse.errors import (
     IncompleteCheckpoint,
     MissingFile,
 )
-from ckptfuse.reading import fingerprint_of
+from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.store import FolderStore, open_store
 from tests.helpers import CONFIG, make_older, write_checkpoint
 from tests.servers import S3Server

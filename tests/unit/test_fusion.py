@@ -10,9 +10,12 @@ import torch
 
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ConfigurationError, NonFiniteValues
+from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec
-from ckptfuse.merge import Inputs, merge_to_memory, open_inputs, write_fusion
-from ckptfuse.reading import fingerprint_of, load
+from ckptfuse.merge.folder import write_fusion
+from ckptfuse.merge.inputs import Inputs, open_inputs
+from ckptfuse.merge.memory import merge_to_memory
+from ckptfuse.reading import load
 from ckptfuse.store import FolderStore, S3Store, open_store
 from tests.helpers import CONFIG, bits, write_checkpoint
 from tests.servers import S3Server

@@ -14,8 +14,10 @@ from ckptfuse import blocks as blocks_module
 from ckptfuse import job
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import JobError
+from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec
-from ckptfuse.merge import merge_to_memory, open_inputs
+from ckptfuse.merge.inputs import open_inputs
+from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.modeling import build_model
 from ckptfuse.perplexity import score_blocks
 from ckptfuse.protocol import (
@@ -30,7 +32,7 @@ from ckptfuse.protocol import (
     Request,
     score_key,
 )
-from ckptfuse.reading import fingerprint_of, load
+from ckptfuse.reading import load
 from ckptfuse.records import Records, ScoreRecord
 from ckptfuse.scoring import ModelScores, run_job
 from ckptfuse.store import FolderStore

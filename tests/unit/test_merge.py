@@ -4,7 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ckptfuse import digests
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import (
     ChangedCheckpoint,
@@ -19,9 +21,14 @@ from ckptfuse.errors import (
     MismatchedCheckpoints,
     NonFiniteValues,
 )
+from ckptfuse.formats.safetensors import encode_header
 from ckptfuse.fusion import check_weights
-from ckptfuse.merge import Inputs, merge_to_memory, merge_to_stores, merged_pieces, open_inputs
-from ckptfuse.store import FolderStore
+from ckptfuse.merge import passes
+from ckptfuse.merge.folder import merge_to_stores
+from ckptfuse.merge.inputs import Inputs, open_inputs
+from ckptfuse.merge.memory import merge_to_memory
+from ckptfuse.reading import DTYPES
+from ckptfuse.store import FolderStore, _Descriptor
 from tests.helpers import CONFIG, bits, make_older, write_checkpoint
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,6 +64,17 @@ def state(seed: int, dtypes: Sequence[torch.dtype] = FLOATS) -> dict[str, torch.
     return tensors
 
 
+def write_unaligned(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A checkpoint whose file holds the tensors by name backwards, wherever that puts them."""
+    write_checkpoint(folder, {"placeholder": torch.zeros(1)})
+    names = sorted(tensors, reverse=True)
+    dtypes = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
+    entries = [(name, dtypes[tensors[name].dtype], tuple(tensors[name].shape)) for name in names]
+    data = b"".join(bits(tensors[name]) for name in names)
+    (folder / "model.safetensors").write_bytes(encode_header(entries, {}) + data)
+    make_older(folder, 3600)
+
+
 def three(folder: Path, **options: object) -> list[dict[str, torch.Tensor]]:
     states = [state(seed) for seed in range(3)]
     for step, tensors in enumerate(states):
@@ -70,13 +88,19 @@ def opened(folder: Path, count: int = 3, dtype: str | None = None) -> Inputs:
 
 
 def gather(
-    inputs: Inputs, vectors: Sequence[Sequence[float]], piece_elements: int
+    folder: Path, inputs: Inputs, vectors: Sequence[Sequence[float]]
 ) -> list[dict[str, bytes]]:
-    results: list[dict[str, bytes]] = [{} for _ in vectors]
-    for piece, merged in merged_pieces(inputs, vectors, piece_elements=piece_elements):
-        for result, values in zip(results, merged, strict=True):
-            result[piece.tensor.name] = result.get(piece.tensor.name, b"") + bits(values)
-    return results
+    """The tensors of each vector's merge, all written to disk in one pass."""
+    stores = [FolderStore(folder / f"out-{uuid.uuid4().hex}") for _ in vectors]
+    merge_to_stores(inputs, vectors, stores)
+    return [
+        {
+            name: bits(values)
+            for file in sorted(store.root.glob("*.safetensors"))
+            for name, values in load_file(file).items()
+        }
+        for store in stores
+    ]
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, (1 / 3, 1 / 3, 1 / 3), (1.5, -0.75, 0.25)])
@@ -92,13 +116,36 @@ def test_a_merge_equals_the_scalar_reference_bit_for_bit(
         assert bits(values) == bits(expected), name
 
 
-@pytest.mark.parametrize("piece_elements", [1, 3, 7, 1000])
-def test_the_bytes_do_not_depend_on_the_size_of_pieces(tmp_path: Path, piece_elements: int) -> None:
+@pytest.mark.parametrize("block_elements", [1, 3, 7, 1000])
+def test_the_bytes_do_not_depend_on_the_size_of_blocks(tmp_path: Path, block_elements: int) -> None:
     three(tmp_path)
     inputs = opened(tmp_path)
-    whole = {k: bits(v) for k, v in merge_to_memory(inputs, WEIGHTS).items() if v.numel()}
-    (pieced,) = gather(inputs, [WEIGHTS], piece_elements)
-    assert pieced == whole
+    whole = {k: bits(v) for k, v in merge_to_memory(inputs, WEIGHTS).items()}
+    blocks = merge_to_memory(inputs, WEIGHTS, block_elements=block_elements)
+    assert {k: bits(v) for k, v in blocks.items()} == whole
+
+
+@pytest.mark.parametrize("leaf", [8, 24, 40, 4096])
+@pytest.mark.parametrize("request_size", [1, 6, 100])
+@pytest.mark.parametrize("shift", [0, 1, 3])
+def test_elements_on_the_border_of_leaves_and_requests_come_out_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaf: int, request_size: int, shift: int
+) -> None:
+    """A tensor of ``shift`` bytes in front lets every later one start at an odd place."""
+    states = [state(seed) for seed in range(3)]
+    for step, tensors in enumerate(states):
+        tensors["shift"] = torch.arange(shift, dtype=torch.uint8)
+        write_unaligned(tmp_path / f"step{step}", tensors)
+    inputs = opened(tmp_path)
+    expected = {k: bits(v) for k, v in merge_to_memory(inputs, WEIGHTS).items()}
+    monkeypatch.setattr(digests, "LEAF_SIZE", leaf)
+    monkeypatch.setattr(FolderStore, "request_size", request_size)
+    merged = merge_to_memory(inputs, WEIGHTS)
+    assert {k: bits(v) for k, v in merged.items()} == expected
+    for name in states[0]:
+        if name != "shift":
+            wanted = reference([tensors[name] for tensors in states], WEIGHTS)
+            assert expected[name] == bits(wanted), name
 
 
 def rounded_to(dtype: torch.dtype, values: np.ndarray) -> np.ndarray:
@@ -131,8 +178,8 @@ def test_many_weight_vectors_in_one_pass_equal_as_many_passes(tmp_path: Path) ->
     three(tmp_path)
     inputs = opened(tmp_path)
     vectors = [WEIGHTS, (0.0, 0.5, 0.5), (1.0, 0.0, 0.0), (1 / 3, 1 / 3, 1 / 3)]
-    together = gather(inputs, vectors, 4)
-    assert together == [gather(inputs, [vector], 4)[0] for vector in vectors]
+    together = gather(tmp_path, inputs, vectors)
+    assert together == [gather(tmp_path, inputs, [vector])[0] for vector in vectors]
     assert len({str(sorted(result.items())) for result in together}) == len(vectors)
 
 
@@ -142,15 +189,15 @@ def test_a_pass_reads_each_input_once_whatever_the_number_of_vectors(
     three(tmp_path)
     inputs = opened(tmp_path)
     total = 0
-    read_range = FolderStore.read_range
+    read_into = _Descriptor.read_into
 
-    def counted(self: FolderStore, path: str, start: int, length: int) -> bytes | bytearray:
+    def counted(self: _Descriptor, start: int, view: memoryview) -> None:
         nonlocal total
-        total += length
-        return read_range(self, path, start, length)
+        total += len(view)
+        read_into(self, start, view)
 
-    monkeypatch.setattr(FolderStore, "read_range", counted)
-    gather(inputs, [WEIGHTS, (0.5, 0.25, 0.25), (0.2, 0.2, 0.6)], 5)
+    monkeypatch.setattr(_Descriptor, "read_into", counted)
+    gather(tmp_path, inputs, [WEIGHTS, (0.5, 0.25, 0.25), (0.2, 0.2, 0.6)])
     assert total == 3 * sum(tensor.length for tensor in inputs.ancillary.tensors.values())
 
 
@@ -173,17 +220,15 @@ def test_a_zero_weight_does_not_turn_negative_zero_into_zero(tmp_path: Path) -> 
     write_checkpoint(tmp_path / "step1", {"w": torch.tensor([1.0, 2.0, 3.0])})
     inputs = opened(tmp_path, 2)
     assert bits(merge_to_memory(inputs, (1.0, 0.0))["w"]) == bits(negative["w"])
-    beside_another, _ = gather(inputs, [(1.0, 0.0), (0.5, 0.5)], 8)
+    beside_another, _ = gather(tmp_path, inputs, [(1.0, 0.0), (0.5, 0.5)])
     assert beside_another["w"] == bits(negative["w"])
 
 
 def test_an_input_that_is_written_again_during_the_pass_is_told_at_its_end(tmp_path: Path) -> None:
     three(tmp_path)
-    pieces = merged_pieces(opened(tmp_path), [WEIGHTS])
-    next(pieces)
-    make_older(tmp_path / "step1", 50)
-    with pytest.raises(ChangedCheckpoint, match="step1"):
-        list(pieces)
+    merging = passes.Pass(opened(tmp_path), [WEIGHTS])
+    with pytest.raises(ChangedCheckpoint, match="step1"), merging:
+        make_older(tmp_path / "step1", 50)
 
 
 def test_all_weight_on_one_checkpoint_gives_its_own_bytes(tmp_path: Path) -> None:
@@ -230,7 +275,7 @@ torch.set_num_threads(int(sys.argv[2]))
 from pathlib import Path
 from tests.unit.test_merge import WEIGHTS, opened
 from tests.helpers import bits
-from ckptfuse.merge import merge_to_memory
+from ckptfuse.merge.memory import merge_to_memory
 merged = merge_to_memory(opened(Path(sys.argv[1])), WEIGHTS)
 print(torch.get_num_threads(), torch.backends.cpu.get_cpu_capability())
 print(hashlib.sha256(b"".join(bits(merged[name]) for name in sorted(merged))).hexdigest())

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.digests import LEAF_SIZE, content_digest
 from ckptfuse.errors import ChangedCheckpoint, DamagedCheckpoint, NonFiniteValues, StoreError
-from ckptfuse.reading import DTYPES, fingerprint_of, load
+from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.reading import DTYPES, load
 from tests.helpers import bits, make_older, write_checkpoint
 
 WEIGHTS = "model.safetensors"

@@ -10,8 +10,9 @@ import torch
 
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, RecordError
+from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.plan import Fuse, Quarantine, Skip
-from ckptfuse.reading import fingerprint_of, load
+from ckptfuse.reading import load
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord, SkipRecord
 from ckptfuse.service import Service, losses_of, open_service
 from ckptfuse.steps.judge import judge_fusion

@@ -1,0 +1,54 @@
+"""What a checkpoint's bytes are: every file hashed once, leaf by leaf, several threads."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from ckptfuse import checkpoints, digests
+from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.errors import ChangedCheckpoint, MissingFile
+from ckptfuse.store import Entry, Store
+
+READ_THREADS = 8
+
+
+def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """Read every file once, for its hash alone; a few leaves are in memory at a time.
+
+    Raises ChangedCheckpoint when a file was written again meanwhile.
+    """
+    store = checkpoint.store()
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        contents = {
+            entry.path: (entry.size, _content(store, entry, pool)) for entry in checkpoint.files
+        }
+    check_unchanged(checkpoint)
+    return checkpoints.fingerprint(contents)
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raise ChangedCheckpoint unless every file still has the size and version of the listing."""
+    store = checkpoint.store()
+    for entry in checkpoint.files:
+        try:
+            now = store.stat(entry.path)
+        except MissingFile:
+            now = None
+        if now is None or (now.size, now.version) != (entry.size, entry.version):
+            raise ChangedCheckpoint(
+                f"{checkpoint.uri}/{entry.path} was written again or removed while it was read; "
+                "nothing was kept of this reading"
+            )
+
+
+def _content(store: Store, entry: Entry, pool: ThreadPoolExecutor) -> str:
+    local = threading.local()
+    with store.reader(entry.path) as reader:
+
+        def leaf(start: int) -> bytes:
+            if not hasattr(local, "buffer"):
+                local.buffer = memoryview(bytearray(min(digests.LEAF_SIZE, entry.size)))
+            view = local.buffer[: min(digests.LEAF_SIZE, entry.size - start)]
+            reader.read_into(start, view)
+            return digests.leaf_digest(view)
+
+        return digests.tree_digest(pool.map(leaf, range(0, entry.size, digests.LEAF_SIZE)))

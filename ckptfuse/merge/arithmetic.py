@@ -1,0 +1,116 @@
+"""The arithmetic of a merge, on one block of elements at a time.
+
+Per element: input to float32 (float64 for float64 inputs), times the weight rounded to that type,
+added without fused multiply-add, oldest first, zero weights skipped, one round-to-nearest-even at
+the end. NumPy's ufuncs do one operation a call, so nothing can be fused, and the bytes depend on
+no thread count, block size or CPU.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+#: The dtypes that are merged, by their names in safetensors.
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+
+#: Elements of a block. Its float32 sums stay in the second-level cache, and one NumPy call takes
+#: long enough that threads do not queue for the interpreter (a quarter of it scaled to 1.0 cores).
+BLOCK_ELEMENTS = 256 * 1024
+
+Array = NDArray[Any]
+
+
+class Scratch:
+    """One thread's working memory: blocks of the wide type, made once and used again."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[str, np.dtype[Any]], Array] = {}
+
+    def take(self, use: str, dtype: np.dtype[Any], count: int) -> Array:
+        """``count`` uninitialised elements that are ``use``'s until it takes them again."""
+        array = self._arrays.get((use, dtype))
+        if array is None or len(array) < count:
+            array = self._arrays[use, dtype] = np.empty(count, dtype)
+        return array[:count]
+
+
+def wide_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type that a dtype is summed in."""
+    return DTYPES["F64"] if dtype == DTYPES["F64"] else DTYPES["F32"]
+
+
+def weighted_sums(
+    parts: Sequence[Array | None], vectors: Sequence[Sequence[float]], scratch: Scratch
+) -> list[Array]:
+    """For each weight vector the sum of parts x weight, in the wide type, first part first.
+
+    ``parts`` are flat arrays of one length and dtype; None where no vector has a weight. The sums
+    are scratch memory.
+    """
+    given = next(part for part in parts if part is not None)
+    dtype, count = wide_dtype(given.dtype), len(given)
+    widened, product = (scratch.take(use, dtype, count) for use in ("widened", "product"))
+    sums: list[Array | None] = [None] * len(vectors)
+    for i, part in enumerate(parts):
+        if part is None:
+            continue
+        values = part
+        if part.dtype != dtype:
+            np.copyto(widened, part)
+            values = widened
+        for v, vector in enumerate(vectors):
+            if not vector[i]:
+                continue
+            weight = dtype.type(vector[i])
+            total = sums[v]
+            if total is None:  # the first product itself: 0 + -0 would lose the sign
+                sums[v] = np.multiply(values, weight, out=scratch.take(f"sum {v}", dtype, count))
+            else:
+                np.add(total, np.multiply(values, weight, out=product), out=total)
+    return [total for total in sums if total is not None]
+
+
+def round_into(output: Array, total: Array) -> bool:
+    """Round sums to ``output``'s dtype, to nearest, ties to even; False if one is not finite then.
+
+    The check is one of range, which NaN fails too.
+    """
+    limit = _largest(output.dtype, total.dtype)
+    if not (total.max() <= limit and total.min() >= -limit):
+        return False
+    if total.dtype == np.float64 and output.dtype == DTYPES["BF16"]:
+        total = _to_odd_float32(total)  # a cast by way of float32 would round twice
+    np.copyto(output, total, casting="unsafe")
+    return True
+
+
+@cache
+def _largest(output: np.dtype[Any], wide: np.dtype[Any]) -> Any:
+    """The largest value of the wide type that rounds to a finite one of the output's.
+
+    It lies just below the tie between the largest finite value and the power of two after it.
+    """
+    info = ml_dtypes.finfo(output)  # type: ignore[no-untyped-call]
+    if output == wide:
+        return info.max
+    half_step = np.float64(2.0) ** (int(info.maxexp) - 2 - int(info.nmant))
+    return np.nextafter(wide.type(np.float64(info.max) + half_step), wide.type(0))
+
+
+def _to_odd_float32(values: Array) -> Array:
+    """float64 cut to float32, the last bit set where anything was cut: safe to round once more."""
+    near = values.astype(np.float32)
+    away = np.abs(near.astype(np.float64)) > np.abs(values)
+    bits = near.view(np.uint32)
+    bits -= away  # sign and magnitude: one step towards zero
+    bits |= near.astype(np.float64) != values
+    return near
