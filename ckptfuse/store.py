@@ -11,6 +11,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 from ckptfuse.errors import ConfigurationError, MissingFile, StoreError
 
 TEMPORARY_PREFIX = ".ckptfuse-tmp-"
+_SYNC_BYTES = 64 * 1024 * 1024
 _S3_PART_SIZE = 16 * 1024 * 1024
 
 
@@ -198,8 +200,10 @@ class FolderStore:
 
     @contextmanager
     def part_writer(self, path: str, size: int, part_size: int) -> Iterator[PartWriter]:
-        with self._new_file(path) as descriptor:
-            yield _Descriptor(descriptor, self.uri, path)
+        with self._new_file(path) as descriptor, ThreadPoolExecutor(1) as syncing:
+            out = _SyncedWhileWritten(descriptor, self.uri, path, syncing)
+            yield out
+            out.finish()
 
     @contextmanager
     def _new_file(self, path: str) -> Iterator[int]:
@@ -257,6 +261,29 @@ class _Descriptor:
         while len(data):
             count = os.pwrite(self._descriptor, data, start)
             start, data = start + count, data[count:]
+
+
+class _SyncedWhileWritten(_Descriptor):
+    """A new file that is synced while it is written, so that little is left at the end."""
+
+    def __init__(self, descriptor: int, uri: str, path: str, syncing: ThreadPoolExecutor) -> None:
+        super().__init__(descriptor, uri, path)
+        self._syncing = syncing
+        self._last: Future[None] | None = None
+        self._unsynced = 0
+
+    def write_at(self, start: int, data: memoryview) -> None:
+        super().write_at(start, data)
+        self._unsynced += len(data)  # an update lost between threads only delays a sync
+        if self._unsynced >= _SYNC_BYTES and (self._last is None or self._last.done()):
+            self.finish()
+            self._unsynced = 0
+            self._last = self._syncing.submit(os.fdatasync, self._descriptor)
+
+    def finish(self) -> None:
+        """Raise what the last sync met: the kernel tells of a failed write only once."""
+        if self._last is not None:
+            self._last.result()
 
 
 class S3Store:

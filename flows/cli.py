@@ -265,8 +265,12 @@ def merge(
     if abs(sum(weights) - 1) > 1e-6:
         stderr.print(f"note: the weights sum to {sum(weights):g}; they are used as given")
     from ckptfuse.merge.once import merge_once
+    from flows.progress import merging_bar
 
-    spec, contents = merge_once(out, [uri for uri, _ in pairs], weights, dtype=dtype)
+    with merging_bar(stderr) as progress:
+        spec, contents = merge_once(
+            out, [uri for uri, _ in pairs], weights, dtype=dtype, progress=progress
+        )
     size = sum(size for size, _ in contents.values())
     stderr.print(f"{len(contents)} files, {size / 1e6:.1f} MB, fusion {spec.id[:16]}")
     stdout.print(out, markup=False)

@@ -12,12 +12,15 @@ from ckptfuse.errors import ConfigurationError
 from ckptfuse.formats.safetensors import tensor_bytes
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.merge.inputs import Inputs
-from ckptfuse.merge.passes import Pass, output_files
+from ckptfuse.merge.passes import Pass, Progress, ignore
 from ckptfuse.store import FolderStore, Store, remove_folder
 
 
 def merge_to_stores(
-    inputs: Inputs, vectors: Sequence[Sequence[float]], stores: Sequence[Store]
+    inputs: Inputs,
+    vectors: Sequence[Sequence[float]],
+    stores: Sequence[Store],
+    progress: Progress = ignore,
 ) -> list[Contents]:
     """Write the weight files of one merge per vector into its store, all in one pass.
 
@@ -25,19 +28,24 @@ def merge_to_stores(
     """
     contents: list[Contents] = [{} for _ in vectors]
     with Pass(inputs, vectors) as merging:
-        for file in output_files(inputs):
+        for file in merging.files:
             with ExitStack() as stack:
                 outputs = [
                     stack.enter_context(store.part_writer(file.name, file.size, LEAF_SIZE))
                     for store in stores
                 ]
-                hashes = merging.merge_file(file, outputs)
+                hashes = merging.merge_file(file, outputs, progress)
             for files, content in zip(contents, hashes, strict=True):
                 files[file.name] = (file.size, content)
     return contents
 
 
-def write_fusion(inputs: Inputs, spec: FusionSpec, target: Store) -> Contents:
+def write_fusion(
+    inputs: Inputs,
+    spec: FusionSpec,
+    target: Store,
+    progress: Progress = ignore,
+) -> Contents:
     """Write a whole model folder: shards, index, ancillary files, fusion.json and model card.
 
     In a folder store it appears by one rename; on S3 config.json comes last, without which no
@@ -46,12 +54,12 @@ def write_fusion(inputs: Inputs, spec: FusionSpec, target: Store) -> Contents:
     if isinstance(target, FolderStore):
         temporary = target.root.with_name(f".{target.root.name}-{uuid.uuid4().hex}")
         try:
-            contents = _write_files(inputs, spec, FolderStore(temporary))
+            contents = _write_files(inputs, spec, FolderStore(temporary), progress)
             _rename(temporary, target.root)
         finally:
             remove_folder(temporary)
         return contents
-    return _write_files(inputs, spec, target)
+    return _write_files(inputs, spec, target, progress)
 
 
 def _rename(temporary: Path, target: Path) -> None:
@@ -61,8 +69,8 @@ def _rename(temporary: Path, target: Path) -> None:
         raise ConfigurationError(f"{target} is there already; choose another place") from error
 
 
-def _write_files(inputs: Inputs, spec: FusionSpec, target: Store) -> Contents:
-    (contents,) = merge_to_stores(inputs, [spec.weights], [target])
+def _write_files(inputs: Inputs, spec: FusionSpec, target: Store, progress: Progress) -> Contents:
+    (contents,) = merge_to_stores(inputs, [spec.weights], [target], progress)
     small = {"fusion.json": spec.provenance(), "README.md": spec.model_card()}
     source = inputs.ancillary.checkpoint.store()
     for entry in inputs.ancillary.checkpoint.files:

@@ -6,7 +6,8 @@ import torch
 
 from ckptfuse.merge.arithmetic import BLOCK_ELEMENTS
 from ckptfuse.merge.inputs import Inputs
-from ckptfuse.merge.passes import OutputFile, Pass, output_files
+from ckptfuse.merge.output_files import OutputFile
+from ckptfuse.merge.passes import Pass
 from ckptfuse.reading import DTYPES, torch_dtype
 
 
@@ -23,7 +24,7 @@ def merge_to_memory(
     """
     state_dict: dict[str, torch.Tensor] = {}
     with Pass(inputs, [weights], block_elements=block_elements) as merging:
-        for file in output_files(inputs):
+        for file in merging.files:
             buffer = torch.empty(file.size, dtype=torch.uint8, device=device)
             merging.merge_file(file, [_Buffer(buffer)])
             state_dict |= _views(file, buffer, inputs)

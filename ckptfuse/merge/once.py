@@ -8,11 +8,17 @@ from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec, check_weights
 from ckptfuse.merge.folder import write_fusion
 from ckptfuse.merge.inputs import open_inputs
+from ckptfuse.merge.passes import Progress, ignore
 from ckptfuse.store import FolderStore, Store, open_store
 
 
 def merge_once(
-    out: str, checkpoints: Sequence[str], weights: Sequence[float], *, dtype: str | None = None
+    out: str,
+    checkpoints: Sequence[str],
+    weights: Sequence[float],
+    *,
+    dtype: str | None = None,
+    progress: Progress = ignore,
 ) -> tuple[FusionSpec, Contents]:
     """Merge checkpoints, oldest first, into a new folder or S3 prefix.
 
@@ -33,7 +39,7 @@ def merge_once(
         ancillary=prints[opened[-1].uri],
         dtype=dtype,
     )
-    return spec, write_fusion(inputs, spec, target)
+    return spec, write_fusion(inputs, spec, target, progress)
 
 
 def _is_taken(target: Store) -> bool:

@@ -16,13 +16,12 @@ Memory is bounded by threads x (inputs x request + outputs x leaf), whatever the
 
 import os
 import threading
-from bisect import bisect_right
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from ckptfuse import digests
 from ckptfuse.checkpoints import Layout
 from ckptfuse.errors import ConfigurationError, NonFiniteValues
 from ckptfuse.fingerprints import check_unchanged
-from ckptfuse.formats.safetensors import Tensor, encode_header, tensor_bytes
+from ckptfuse.formats.safetensors import tensor_bytes
 from ckptfuse.merge.arithmetic import (
     BLOCK_ELEMENTS,
     DTYPES,
@@ -40,6 +39,7 @@ from ckptfuse.merge.arithmetic import (
     weighted_sums,
 )
 from ckptfuse.merge.inputs import COPIED, Inputs
+from ckptfuse.merge.output_files import OutputFile, Span, output_files
 from ckptfuse.store import PartWriter, Reader
 
 #: What the buffers of all threads together may take.
@@ -49,87 +49,34 @@ REMOTE_THREADS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """A tensor of the output: ``tensor`` is the ancillary source's, ``start`` its first byte."""
+class Tally:
+    """How far a pass is: bytes, its seconds, and those of all its threads by their work."""
 
-    tensor: Tensor
-    dtype: str
-    start: int
-    length: int
+    read: int = 0
+    written: int = 0
+    reading: float = 0.0
+    adding: float = 0.0
+    writing: float = 0.0
+    seconds: float = 0.0
 
-    @property
-    def width(self) -> int:
-        """Bytes of an element; every dtype that is merged or copied has whole ones."""
-        return tensor_bytes(self.dtype, (1,))
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """One weight file of a merge: its header's bytes, and its tensors in the order of theirs."""
-
-    name: str
-    header: bytes
-    placed: tuple[Placed, ...]
-
-    @property
-    def size(self) -> int:
-        return self.placed[-1].start + self.placed[-1].length if self.placed else len(self.header)
-
-    @property
-    def leaves(self) -> range:
-        return range(0, self.size, digests.LEAF_SIZE)
-
-    def within(self, begin: int, end: int) -> Iterator["Span"]:
-        """The elements that have bytes from ``begin`` to ``end``."""
-        for placed in self._overlapping(begin, end):
-            first = max(begin - placed.start, 0) // placed.width
-            stop = -(-(min(end - placed.start, placed.length)) // placed.width)
-            yield Span(placed, first, stop - first)
-
-    def _overlapping(self, begin: int, end: int) -> Iterator[Placed]:
-        index = max(bisect_right(self._starts, begin) - 1, 0)
-        for placed in self.placed[index:]:
-            if placed.start >= end:
-                return
-            if placed.length and placed.start + placed.length > begin:
-                yield placed
-
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [placed.start for placed in self.placed]
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """``count`` elements of one tensor from element ``first``."""
-
-    placed: Placed
-    first: int
-    count: int
-
-    @property
-    def start(self) -> int:
-        """Its first byte in the output file."""
-        return self.placed.start + self.first * self.placed.width
-
-    def split(self, count: int) -> Iterator["Span"]:
-        for offset in range(0, self.count, count):
-            yield Span(self.placed, self.first + offset, min(count, self.count - offset))
+#: Called with what was done and the bytes that are to be written in all.
+Progress = Callable[[Tally, int], None]
 
 
-def output_files(inputs: Inputs) -> list[OutputFile]:
-    """The merge's weight files: the ancillary source's, in the output's dtype."""
-    files = []
-    for name, header in inputs.ancillary.headers.items():
-        entries = [(t.name, inputs.output_dtype(t), t.shape) for t in header.tensors]
-        start = encode_header(entries, header.metadata)
-        placed, position = [], len(start)
-        for tensor, (_, dtype, shape) in zip(header.tensors, entries, strict=True):
-            length = tensor_bytes(dtype, shape)
-            placed.append(Placed(tensor, dtype, position, length))
-            position += length
-        files.append(OutputFile(name, start, tuple(placed)))
-    return files
+def ignore(tally: Tally, size: int) -> None:
+    """No progress is wanted."""
+
+
+class _Worker:
+    """One thread's working memory and what it did so far."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+        self.tally = Tally()
 
 
 class Pass:
@@ -151,25 +98,30 @@ class Pass:
                 raise ConfigurationError(f"{len(vector)} weights for {len(inputs.layouts)} inputs")
         self.inputs = inputs
         self.vectors = vectors
+        self.files = output_files(inputs)
+        self.size = len(vectors) * sum(file.size for file in self.files)
         self._block_elements = block_elements
         self._read = [any(vector[i] for vector in vectors) for i in range(len(inputs.layouts))]
         self._store = inputs.ancillary.checkpoint.store()
+        self._request_size = min(self._store.request_size, MEMORY // (2 * max(1, sum(self._read))))
+        self._threads = self._choose_threads()
+        self._workers: list[_Worker] = []
         self._local = threading.local()
         self._stack = ExitStack()
 
     def __enter__(self) -> "Pass":
-        self._threads = self._choose_threads()
+        self._started = time.perf_counter()
+        self._sources = [
+            self._open(layout) if wanted else None
+            for layout, wanted in zip(self.inputs.layouts, self._read, strict=True)
+        ]
+        self._ancillary = self._open(self.inputs.ancillary)
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self._threads))
         self._requests_pool = (
             self._stack.enter_context(ThreadPoolExecutor(self._threads * sum(self._read)))
             if self._store.is_remote
             else None
         )
-        self._sources = [
-            self._open(layout) if wanted else None
-            for layout, wanted in zip(self.inputs.layouts, self._read, strict=True)
-        ]
-        self._ancillary = self._open(self.inputs.ancillary)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -185,36 +137,51 @@ class Pass:
         return _Source(layout, readers)
 
     def _choose_threads(self) -> int:
-        each = sum(self._read) * self._store.request_size + len(self.vectors) * digests.LEAF_SIZE
+        each = sum(self._read) * self._request_size + len(self.vectors) * digests.LEAF_SIZE
         most = REMOTE_THREADS if self._store.is_remote else len(os.sched_getaffinity(0))
         return max(1, min(most, MEMORY // each))
 
-    def merge_file(self, file: OutputFile, outputs: Sequence[PartWriter]) -> list[str]:
+    @property
+    def tally(self) -> Tally:
+        """What was done so far."""
+        since = Tally(seconds=time.perf_counter() - self._started)
+        return sum((worker.tally for worker in self._workers), start=since)
+
+    def merge_file(
+        self,
+        file: OutputFile,
+        outputs: Sequence[PartWriter],
+        progress: Progress = ignore,
+    ) -> list[str]:
         """Write one file of every vector's merge; returns the content hash of each.
 
-        Raises NonFiniteValues naming checkpoint and tensor.
+        ``progress`` is called about once a leaf. Raises NonFiniteValues
+        naming checkpoint and tensor.
         """
-        leaves: list[list[bytes]] = [[] for _ in outputs]
+        hashes: list[list[bytes]] = []
         pending: deque[Future[list[bytes]]] = deque()
         try:
             for begin in file.leaves:
                 pending.append(self._pool.submit(self._merge_leaf, file, begin, outputs))
                 if len(pending) > 2 * self._threads:
-                    _append(leaves, pending.popleft().result())
-            while pending:
-                _append(leaves, pending.popleft().result())
+                    hashes.append(pending[0].result())
+                    pending.popleft()
+                    progress(self.tally, self.size)
+            hashes += [future.result() for future in pending]
         finally:
             for future in pending:
                 future.cancel()
-        return [digests.tree_digest(digests_of_one) for digests_of_one in leaves]
+            wait(pending)  # no thread may write after its output was closed
+        progress(self.tally, self.size)
+        return [digests.tree_digest(leaves) for leaves in zip(*hashes, strict=True)]
 
     def _merge_leaf(
         self, file: OutputFile, begin: int, outputs: Sequence[PartWriter]
     ) -> list[bytes]:
         end = min(begin + digests.LEAF_SIZE, file.size)
-        scratch = self._scratch()
+        worker = self._worker()
         leaves = [
-            scratch.take(f"leaf {v}", np.dtype(np.uint8), digests.LEAF_SIZE)[: end - begin]
+            worker.scratch.take(f"leaf {v}", np.dtype(np.uint8), digests.LEAF_SIZE)[: end - begin]
             for v in range(len(outputs))
         ]
         if begin < len(file.header):
@@ -222,62 +189,63 @@ class Pass:
             for leaf in leaves:
                 leaf[: len(head)] = head
         for request in self._requests(file.within(begin, end)):
-            self._merge_request(request, begin, leaves, scratch)
+            self._merge_request(request, begin, leaves, worker)
+        started = time.perf_counter()
         hashes = []
         for leaf, output in zip(leaves, outputs, strict=True):
             view = leaf.data
             hashes.append(digests.leaf_digest(view))
             output.write_at(begin, view)
+        worker.tally += Tally(
+            written=len(leaves) * (end - begin), writing=time.perf_counter() - started
+        )
         return hashes
 
-    def _scratch(self) -> Scratch:
-        if not hasattr(self._local, "scratch"):
-            self._local.scratch = Scratch()
-        scratch: Scratch = self._local.scratch
-        return scratch
+    def _worker(self) -> _Worker:
+        if not hasattr(self._local, "worker"):
+            self._local.worker = _Worker()
+            self._workers.append(self._local.worker)
+        worker: _Worker = self._local.worker
+        return worker
 
     def _requests(self, spans: Iterator[Span]) -> Iterator[list[Span]]:
         """Groups of spans of one kind that together make a read of about ``request_size``."""
         group: list[Span] = []
-        room = self._store.request_size
+        room = self._request_size
         for span in spans:
             width = tensor_bytes(span.placed.tensor.dtype, (1,))
-            for piece in span.split(max(1, self._store.request_size // width)):
+            for piece in span.split(max(1, self._request_size // width)):
                 needed = piece.count * width
                 if group and (needed > room or not _alike(piece, group[0])):
                     yield group
-                    group, room = [], self._store.request_size
+                    group, room = [], self._request_size
                 group.append(piece)
                 room -= needed
         if group:
             yield group
 
     def _merge_request(
-        self, spans: list[Span], begin: int, leaves: list[Array], scratch: Scratch
+        self, spans: list[Span], begin: int, leaves: list[Array], worker: _Worker
     ) -> None:
-        if spans[0].placed.tensor.dtype in COPIED:
-            data = self._ancillary.read(spans, "ancillary", scratch)
-            _place(spans, data, begin, leaves)
-            return
-        dtype = DTYPES[spans[0].placed.tensor.dtype]
-        parts = self._read_parts(spans, dtype, scratch)
-        output = DTYPES[spans[0].placed.dtype]
-        count = sum(span.count for span in spans)
-        merged = [scratch.take(f"merged {v}", output, count) for v in range(len(leaves))]
-        for first in range(0, count, self._block_elements):
-            block = slice(first, first + self._block_elements)
-            blocks = [None if part is None else part[block] for part in parts]
-            sums = weighted_sums(blocks, self.vectors, scratch)
-            for result, total in zip(merged, sums, strict=True):
-                if not round_into(result[block], total):
-                    self._blame(spans, parts, output)
-        for result, leaf in zip(merged, leaves, strict=True):
-            _place(spans, result.view(np.uint8), begin, [leaf])
+        started = time.perf_counter()
+        parts = self._read_parts(spans, worker.scratch)
+        was_read = time.perf_counter()
+        for leaf, result in zip(leaves, self._merged(spans, parts, worker.scratch), strict=True):
+            _place(spans, result.view(np.uint8), begin, leaf)
+        worker.tally += Tally(
+            read=sum(part.nbytes for part in parts if part is not None),
+            reading=was_read - started,
+            adding=time.perf_counter() - was_read,
+        )
 
-    def _read_parts(
-        self, spans: list[Span], dtype: np.dtype[np.generic], scratch: Scratch
-    ) -> list[Array | None]:
-        """The spans' elements from each input; from a network, all inputs at once."""
+    def _read_parts(self, spans: list[Span], scratch: Scratch) -> list[Array | None]:
+        """The spans' elements from each input, or from the ancillary source if they are copied.
+
+        From a network, all inputs at once.
+        """
+        if spans[0].placed.tensor.dtype in COPIED:
+            return [self._ancillary.read(spans, "ancillary", scratch)]
+        dtype = DTYPES[spans[0].placed.tensor.dtype]
 
         def read(i: int) -> Array | None:
             source = self._sources[i]
@@ -285,6 +253,23 @@ class Pass:
 
         spread = self._requests_pool.map if self._requests_pool else map
         return list(spread(read, range(len(self._sources))))
+
+    def _merged(
+        self, spans: list[Span], parts: Sequence[Array | None], scratch: Scratch
+    ) -> list[Array]:
+        if spans[0].placed.tensor.dtype in COPIED:
+            return [part for part in parts if part is not None] * len(self.vectors)
+        output = DTYPES[spans[0].placed.dtype]
+        count = sum(span.count for span in spans)
+        results = [scratch.take(f"merged {v}", output, count) for v in range(len(self.vectors))]
+        for first in range(0, count, self._block_elements):
+            block = slice(first, first + self._block_elements)
+            blocks = [None if part is None else part[block] for part in parts]
+            sums = weighted_sums(blocks, self.vectors, scratch)
+            for result, total in zip(results, sums, strict=True):
+                if not round_into(result[block], total):
+                    self._blame(spans, parts, output)
+        return results
 
     def _blame(
         self, spans: list[Span], parts: Sequence[Array | None], output: np.dtype[np.generic]
@@ -340,7 +325,7 @@ def _alike(one: Span, other: Span) -> bool:
     return (a.tensor.dtype, a.dtype) == (b.tensor.dtype, b.dtype)
 
 
-def _place(spans: Sequence[Span], data: Array, begin: int, leaves: Sequence[Array]) -> None:
+def _place(spans: Sequence[Span], data: Array, begin: int, leaf: Array) -> None:
     """Put the spans' output bytes where they belong in the leaf that begins at ``begin``.
 
     An element may lie on the border of two leaves: each gets its own part of it.
@@ -349,9 +334,8 @@ def _place(spans: Sequence[Span], data: Array, begin: int, leaves: Sequence[Arra
     for span in spans:
         length = span.count * span.placed.width
         start = span.start - begin
-        for leaf in leaves:
-            first, stop = max(start, 0), min(start + length, len(leaf))
-            leaf[first:stop] = data[position + first - start : position + stop - start]
+        first, stop = max(start, 0), min(start + length, len(leaf))
+        leaf[first:stop] = data[position + first - start : position + stop - start]
         position += length
 
 
@@ -367,8 +351,3 @@ def _check_finite(spans: Sequence[Span], part: Array, layout: Layout) -> None:
                 checkpoint=layout.checkpoint.name,
             )
         position += span.count
-
-
-def _append(leaves: Sequence[list[bytes]], hashes: Sequence[bytes]) -> None:
-    for known, new in zip(leaves, hashes, strict=True):
-        known.append(new)
