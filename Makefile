@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-faults clean
+.PHONY: help setup demo test lint test-faults bench-merge clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -40,6 +40,16 @@ lint: $(READY) ## ruff and mypy
 
 test-faults: $(READY) ## the tests that kill the service again and again
 	$(BIN)/python -m pytest -m faults
+
+# mergekit needs other versions than ours of some packages: an environment of its own.
+bench-merge: $(READY) $(VENV)/mergekit/.ready ## the merge against mergekit and the machine (30 min, 20 GB)
+	$(BIN)/python -m bench.merge --folder workspace/bench --mergekit $(VENV)/mergekit
+
+$(VENV)/mergekit/.ready: bench/mergekit-constraints.txt
+	"$(BIN)/python" -m venv --clear $(VENV)/mergekit
+	$(VENV)/mergekit/bin/python -m pip install -q --disable-pip-version-check \
+	    -c bench/mergekit-constraints.txt mergekit
+	@touch $@
 
 clean: ## remove .venv and all caches (workspace/ stays)
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""How a merge goes on, for the person who waits: bytes, rate, time left; at the end what it took."""
+"""How a merge goes on, for whoever waits: bytes, rate, time left; at the end what it took."""
 
 import resource
 from collections.abc import Callable, Iterator
