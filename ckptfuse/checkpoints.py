@@ -1,32 +1,27 @@
-"""What a checkpoint is: which files make it up, when it is complete, and what its bytes are.
+"""What a checkpoint is: which files make it up, and what its bytes are."""
 
-A folder of a bucket becomes a checkpoint in three looks, each cheaper than the next::
-
-    its name parses  ->  its files are there and settled  ->  every header fits its file
-
-Only then does it count. Nothing here reads weights: headers come by ranged reads.
-"""
-
-import json
-import time
-from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from ckptfuse.digests import digest
 from ckptfuse.errors import (
     ChangedCheckpoint,
     ConfigurationError,
-    DamagedCheckpoint,
     IncompleteCheckpoint,
     MissingFile,
 )
 from ckptfuse.formats import safetensors
 from ckptfuse.names import ParsedName, parse_name
-from ckptfuse.store import Entry, FolderStore, Store, is_s3, open_store
+from ckptfuse.store import Entry, Store, is_s3, open_store
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+BIN_SINGLE = "pytorch_model.bin"
+BIN_INDEX = "pytorch_model.bin.index.json"
+#: Weight formats of one folder, as transformers chooses between them: single file, index.
+FORMATS = ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX))
+#: The file that ends a distributed checkpoint, at the top or one folder below (OLMo-core).
+METADATA = ".metadata"
 CONFIG = "config.json"
 TOKENIZER_FILES = frozenset(
     [
@@ -52,9 +47,6 @@ VOLATILE_CONFIG = frozenset(
 
 #: A checkpoint's files: path -> (size, content hash).
 Contents = dict[str, tuple[int, str]]
-
-#: The file that the Hugging Face Trainer writes last.
-TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,82 +79,6 @@ class Checkpoint:
         return open_store(self.uri)
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A folder with a checkpoint's name that is not (yet) one, and why."""
-
-    checkpoint: Checkpoint
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What a bucket holds now: complete checkpoints by step, and those that do not count."""
-
-    complete: tuple[Checkpoint, ...] = ()
-    incomplete: tuple[Refused, ...] = ()
-    damaged: tuple[Refused, ...] = ()
-    #: Signature -> architecture, of the checkpoints whose headers were read in this look.
-    architectures: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Every tensor's place, and the configuration, of one checkpoint."""
-
-    checkpoint: Checkpoint
-    headers: Mapping[str, safetensors.Header]
-    config: Mapping[str, object]
-
-    @cached_property
-    def tensors(self) -> dict[str, safetensors.Tensor]:
-        """Tensor name -> place, in the order of the bytes of each file in turn."""
-        placed = (tensor for header in self.headers.values() for tensor in header.tensors)
-        return {tensor.name: tensor for tensor in placed}
-
-    @property
-    def architecture(self) -> str:
-        """Digest of tensor names, dtypes and shapes: equal where checkpoints can be merged."""
-        return digest(sorted([t.name, t.dtype, list(t.shape)] for t in self.tensors.values()))
-
-
-@dataclass(frozen=True, slots=True)
-class Conventions:
-    """How a team's trainer names and finishes its checkpoints."""
-
-    pattern: str | None = None
-    marker: str | None = None
-    settle_seconds: float = 30.0
-    known: Container[str] = field(default_factory=frozenset)
-
-
-def find(bucket: Store, conventions: Conventions) -> Listing:
-    """List a bucket and sort its checkpoint folders into complete, incomplete and damaged.
-
-    Checkpoints whose signature is in ``conventions.known`` were looked into before; their headers
-    are not read again, so an unchanged bucket costs one listing.
-    """
-    complete: list[Checkpoint] = []
-    incomplete: list[Refused] = []
-    damaged: list[Refused] = []
-    architectures: dict[str, str] = {}
-    for name, parsed, entries in _folders(bucket, conventions.pattern):
-        store = bucket.child(name)
-        checkpoint = _of(store, name, parsed, [e for e in entries if _is_identity(e.path)])
-        try:
-            _check_settled(entries, conventions, local=isinstance(bucket, FolderStore))
-            checkpoint = _assemble(store, name, parsed, entries)
-            if checkpoint.signature not in conventions.known:
-                architectures[checkpoint.signature] = read_layout(checkpoint).architecture
-            complete.append(checkpoint)
-        except (IncompleteCheckpoint, MissingFile) as error:
-            incomplete.append(Refused(checkpoint, str(error)))
-        except DamagedCheckpoint as error:
-            damaged.append(Refused(checkpoint, str(error)))
-    complete.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.name))
-    return Listing(tuple(complete), tuple(incomplete), tuple(damaged), architectures)
-
-
 def open_checkpoint(uri: str, signature: str | None = None) -> Checkpoint:
     """The checkpoint at a local path or S3 URI.
 
@@ -172,28 +88,13 @@ def open_checkpoint(uri: str, signature: str | None = None) -> Checkpoint:
     store = open_store(uri)
     name = store.uri.rstrip("/").rpartition("/")[2]
     parsed = parse_name(name) or ParsedName(step=0)
-    entries = [entry for entry in store.list("") if "/" not in entry.path]
+    entries = store.list("")
     if not entries:
         raise MissingFile(f"{store.uri}: no files there; a checkpoint folder was expected")
-    checkpoint = _assemble(store, name, parsed, entries)
+    checkpoint = assemble(store, name, parsed, entries)
     if signature is not None and checkpoint.signature != signature:
         raise ChangedCheckpoint(f"{store.uri}: its files were written again since they were listed")
     return checkpoint
-
-
-def read_layout(checkpoint: Checkpoint) -> Layout:
-    """Read and check every header; raises IncompleteCheckpoint or DamagedCheckpoint."""
-    store = checkpoint.store()
-    sizes = {entry.path: entry.size for entry in checkpoint.files}
-    files = sorted(path for path in sizes if path.endswith(".safetensors"))
-    headers = {file: safetensors.read_header(store, file, sizes[file]) for file in files}
-    layout = Layout(checkpoint, headers, _read_config(store))
-    count = sum(len(header.tensors) for header in headers.values())
-    if count != len(layout.tensors):
-        raise DamagedCheckpoint(f"{checkpoint.uri}: the same tensor lies in two of its files")
-    if INDEX in sizes:
-        _check_index(store, layout)
-    return layout
 
 
 def config_identity(config: Mapping[str, object]) -> dict[str, object]:
@@ -206,94 +107,68 @@ def fingerprint(contents: Mapping[str, tuple[int, str]]) -> str:
     return digest(sorted([path, size, content] for path, (size, content) in contents.items()))
 
 
-def _folders(bucket: Store, pattern: str | None) -> Iterator[tuple[str, ParsedName, list[Entry]]]:
-    """Top-level folders with a checkpoint's name, and their direct files (paths relative)."""
-    folders: dict[str, list[Entry]] = {}
-    for entry in bucket.list(""):
-        name, _, path = entry.path.partition("/")
-        if path and "/" not in path:
-            relative = Entry(path, entry.size, entry.version, entry.modified)
-            folders.setdefault(name, []).append(relative)
-    for name, entries in folders.items():
-        parsed = parse_name(name, pattern)
-        if parsed is not None:
-            yield name, parsed, entries
-
-
-def _assemble(store: Store, name: str, parsed: ParsedName, entries: Iterable[Entry]) -> Checkpoint:
+def assemble(store: Store, name: str, parsed: ParsedName, entries: Iterable[Entry]) -> Checkpoint:
     present = {entry.path: entry for entry in entries}
+    if distributed_metadata(present) is not None:  # whatever lies beside it, a resume may need
+        return checkpoint_of(store, name, parsed, sorted(entries, key=lambda entry: entry.path))
     if CONFIG not in present:
         raise IncompleteCheckpoint(f"{store.uri}: no {CONFIG} yet")
     weights = _weight_files(store, present)
     paths = sorted(weights | (ANCILLARY_FILES & present.keys()))
-    return _of(store, name, parsed, [present[path] for path in paths])
+    return checkpoint_of(store, name, parsed, [present[path] for path in paths])
 
 
-def _of(store: Store, name: str, parsed: ParsedName, files: Iterable[Entry]) -> Checkpoint:
+def checkpoint_of(
+    store: Store, name: str, parsed: ParsedName, files: Iterable[Entry]
+) -> Checkpoint:
     return Checkpoint(name, store.uri, parsed.step, parsed.stage, parsed.tokens, tuple(files))
 
 
-def _is_identity(path: str) -> bool:
-    return path in ANCILLARY_FILES | {INDEX} or path.endswith(".safetensors")
+def is_identity(path: str) -> bool:
+    indexes = {index for _, index in FORMATS}
+    return path in ANCILLARY_FILES | indexes or path.endswith((".safetensors", ".bin"))
 
 
 def _weight_files(store: Store, present: Mapping[str, Entry]) -> set[str]:
     """The single file, or the index and its shards, as transformers chooses between them."""
-    if SINGLE in present:
-        return {SINGLE}
-    if INDEX not in present:
-        raise IncompleteCheckpoint(
-            f"{store.uri}: no {SINGLE} and no {INDEX} yet (safetensors weights are read)"
-        )
-    shards = set(safetensors.read_index(store, INDEX).values())
+    for single, index in FORMATS:
+        if single in present:
+            return {single}
+        if index in present:
+            return _shards(store, index, present) | {index}
+    raise IncompleteCheckpoint(
+        f"{store.uri}: no {SINGLE}, no {BIN_SINGLE}, no index of either and no {METADATA} of a "
+        "distributed checkpoint yet"
+    )
+
+
+def _shards(store: Store, index: str, present: Mapping[str, Entry]) -> set[str]:
+    shards = set(safetensors.read_index(store, index).values())
     missing = sorted(shards - present.keys())
     if missing:
         raise IncompleteCheckpoint(
             f"{store.uri}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}"
         )
-    return shards | {INDEX}
+    return shards
 
 
-def _check_settled(entries: list[Entry], conventions: Conventions, *, local: bool) -> None:
-    """Raise IncompleteCheckpoint while the trainer may still be adding files.
+def distributed_metadata(paths: Iterable[str]) -> str | None:
+    """The path of a distributed checkpoint's ``.metadata``; None for any other format.
 
-    A marker of the team's choice decides when there is one. In a folder, the Trainer's state file
-    is written last, so nothing newer than it means done. Otherwise files must have been quiet for
-    a while: uploads arrive in any order.
+    Weights in a format of Hugging Face's go first. Accelerate writes the optimizer's state as a
+    second distributed checkpoint beside the model's.
     """
-    present = {entry.path: entry for entry in entries}
-    newest = max(entry.modified for entry in entries)
-    if conventions.marker is not None:
-        if conventions.marker not in present:
-            raise IncompleteCheckpoint(f"waiting for the marker file {conventions.marker!r}")
-        return
-    if local and TRAINER_STATE in present and present[TRAINER_STATE].modified >= newest:
-        return
-    quiet = time.time() - newest
-    if quiet < conventions.settle_seconds:
-        raise IncompleteCheckpoint(
-            f"last written {max(quiet, 0):.0f} s ago; counts after {conventions.settle_seconds:g} "
-            "s of quiet (watch.settle_seconds)"
-        )
-
-
-def _read_config(store: Store) -> Mapping[str, object]:
-    try:
-        config = json.loads(store.read(CONFIG))
-    except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{store.uri}/{CONFIG}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DamagedCheckpoint(f"{store.uri}/{CONFIG}: not a JSON object")
-    return config
-
-
-def _check_index(store: Store, layout: Layout) -> None:
-    weight_map = safetensors.read_index(store, INDEX)
-    for name, file in weight_map.items():
-        if name not in layout.tensors or layout.tensors[name].file != file:
-            raise DamagedCheckpoint(
-                f"{store.uri}/{INDEX}: names tensor {name!r} in {file}, which does not hold it"
-            )
+    names = list(paths)
+    if any(name in files for files in FORMATS for name in names):
+        return None
+    found = [
+        path
+        for path in sorted(names)
+        if path.rpartition("/")[2] == METADATA
+        and path.count("/") <= 1
+        and not path.startswith("optim")
+    ]
+    return found[0] if found else None
 
 
 def check_bucket_uri(uri: str | None) -> str:

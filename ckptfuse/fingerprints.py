@@ -4,7 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from ckptfuse import checkpoints, digests
-from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.checkpoints import Checkpoint, Contents
 from ckptfuse.errors import ChangedCheckpoint, MissingFile
 from ckptfuse.store import Entry, Store
 
@@ -12,6 +12,11 @@ READ_THREADS = 8
 
 
 def fingerprint_of(checkpoint: Checkpoint) -> str:
+    """A checkpoint's fingerprint from one read of its files."""
+    return checkpoints.fingerprint(contents_of(checkpoint))
+
+
+def contents_of(checkpoint: Checkpoint) -> Contents:
     """Read every file once, for its hash alone; a few leaves are in memory at a time.
 
     Raises ChangedCheckpoint when a file was written again meanwhile.
@@ -22,7 +27,7 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
             entry.path: (entry.size, _content(store, entry, pool)) for entry in checkpoint.files
         }
     check_unchanged(checkpoint)
-    return checkpoints.fingerprint(contents)
+    return contents
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:

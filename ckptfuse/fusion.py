@@ -6,13 +6,45 @@ gets the same folder, byte for byte; so the folder holds no time, place, score o
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 
 #: Version of the merge's arithmetic and of the folder's make-up.
-ARITHMETIC = "fp32-ordered-1"
+ARITHMETIC = "fp32-ordered-2"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the inputs become an output, beside their weights.
+
+    ``dtype`` is the output's, None for that of the inputs. ``copied`` are patterns of tensor names
+    beyond merge.inputs.COPIED that are copied from the newest. ``form`` dcp writes a distributed
+    checkpoint to resume from: its ``optimizer`` moments are the newest's, their averages, or left
+    out; ``masters`` are patterns of fp32 weights in it beyond layouts.MASTERS. ``strict`` refuses
+    inputs whose copied tensors differ; it decides no bytes.
+    """
+
+    dtype: str | None = None
+    copied: tuple[str, ...] = ()
+    form: Literal["safetensors", "dcp"] = "safetensors"
+    optimizer: Literal["newest", "average", "none"] = "newest"
+    masters: tuple[str, ...] = ()
+    strict: bool = False
+
+    def describe(self) -> dict[str, object]:
+        """What of it determines bytes."""
+        about: dict[str, object] = {
+            "dtype": self.dtype or "as-inputs",
+            "copied": sorted(self.copied),
+            "sharding": "as-ancillary",
+            "form": self.form,
+        }
+        if self.form == "dcp":
+            about |= {"optimizer": self.optimizer, "masters": sorted(self.masters)}
+        return about
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +54,7 @@ class FusionSpec:
     fingerprints: tuple[str, ...]
     weights: tuple[float, ...]
     ancillary: str
-    dtype: str | None = None
+    recipe: Recipe = field(default_factory=Recipe)
 
     @property
     def used(self) -> tuple[tuple[str, float], ...]:
@@ -33,7 +65,7 @@ class FusionSpec:
     def narrowed(self) -> "FusionSpec":
         """The same fusion without the inputs that are not read."""
         fingerprints, weights = zip(*self.used, strict=True)
-        return FusionSpec(fingerprints, weights, self.ancillary, self.dtype)
+        return replace(self, fingerprints=fingerprints, weights=weights)
 
     @property
     def id(self) -> str:
@@ -49,8 +81,7 @@ class FusionSpec:
             "arithmetic": ARITHMETIC,
             "inputs": [[fingerprint, weight.hex()] for fingerprint, weight in self.used],
             "ancillary": self.ancillary,
-            "dtype": self.dtype or "as-inputs",
-            "sharding": "as-ancillary",
+            **self.recipe.describe(),
         }
 
     def provenance(self) -> bytes:

@@ -23,6 +23,7 @@ from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
+from ckptfuse.fusion import Recipe
 from ckptfuse.losses import Losses, bits_per_byte
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.memory import merge_to_memory
@@ -124,7 +125,8 @@ def _merge(model: MergeModel) -> _Weights:
     used = [(i, w) for i, w in zip(model.inputs, model.weights, strict=True) if w]
     checkpoints = [open_checkpoint(item.uri, item.signature) for item, _ in used]
     ancillary = open_checkpoint(model.ancillary.uri, model.ancillary.signature)
-    inputs = open_inputs(checkpoints, ancillary, model.dtype)
+    recipe = Recipe(dtype=model.dtype, copied=model.copied)
+    inputs = open_inputs(checkpoints, ancillary, recipe)
     return inputs.ancillary.config, merge_to_memory(inputs, [weight for _, weight in used])
 
 

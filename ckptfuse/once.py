@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import block_digest, load_tokenizer
-from ckptfuse.checkpoints import open_checkpoint, read_layout
+from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.errors import CkptfuseError
+from ckptfuse.layouts import read_layout
 from ckptfuse.params import CorpusParams, Domain, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
 from ckptfuse.records import DomainScore, Records, ScoreRecord

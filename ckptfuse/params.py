@@ -101,6 +101,8 @@ class RuleParams(Section):
 
 class FuseParams(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    copied: tuple[str, ...] = ()
+    strict: bool = False
 
 
 class GateParams(Section):

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptfuse.checkpoints import Checkpoint, Listing
+from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.listing import Listing
 from ckptfuse.params import Params
 from ckptfuse.records import (
     CheckpointRecord,

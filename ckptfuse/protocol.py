@@ -54,6 +54,7 @@ class MergeModel(Message):
     weights: tuple[float, ...]
     dtype: str | None
     ancillary: Input
+    copied: tuple[str, ...] = ()  # patterns of tensors that are not merged, beyond the usual
 
 
 Model = Annotated[CheckpointModel | MergeModel, Field(discriminator="kind")]

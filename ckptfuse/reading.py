@@ -14,24 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from ckptfuse import checkpoints, digests
-from ckptfuse.checkpoints import Checkpoint, Layout
-from ckptfuse.errors import DamagedCheckpoint, NonFiniteValues
-from ckptfuse.fingerprints import READ_THREADS, check_unchanged
-from ckptfuse.formats.safetensors import Tensor
+from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.errors import NonFiniteValues
+from ckptfuse.fingerprints import READ_THREADS, check_unchanged, contents_of
+from ckptfuse.formats.tensors import Tensor
+from ckptfuse.layouts import Layout, read_layout
+from ckptfuse.merge.inputs import Inputs
+from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.store import Entry, Store
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+from ckptfuse.torch_dtypes import torch_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +44,35 @@ def load(checkpoint: Checkpoint) -> Loaded:
     Raises NonFiniteValues naming the tensor, DamagedCheckpoint for a dtype that torch cannot hold,
     ChangedCheckpoint when a file was written again meanwhile.
     """
-    layout = checkpoints.read_layout(checkpoint)
+    layout = read_layout(checkpoint)
+    if layout.format == "dcp":
+        return _load_distributed(layout)
     store = checkpoint.store()
     contents: dict[str, tuple[int, str]] = {}
     state_dict: dict[str, torch.Tensor] = {}
+    by_file: dict[str, list[Tensor]] = {}
+    for tensor in layout.tensors.values():
+        by_file.setdefault(tensor.pieces[0].file, []).append(tensor)
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for entry in checkpoint.files:
             buffer, content = _read_file(store, entry, pool)
             contents[entry.path] = (entry.size, content)
-            if entry.path in layout.headers:
-                for tensor in layout.headers[entry.path].tensors:
-                    state_dict[tensor.name] = _view(buffer, tensor, checkpoint)
+            for tensor in by_file.get(entry.path, []):
+                state_dict[tensor.name] = _view(buffer, tensor, checkpoint)
     check_unchanged(checkpoint)
     for name, values in state_dict.items():
         check_finite(values, name=name, checkpoint=checkpoint)
+    return Loaded(layout, state_dict, contents)
+
+
+def _load_distributed(layout: Layout) -> Loaded:
+    """The model's tensors, put together from their pieces; the files are hashed in a read before.
+
+    They hold the optimizer too, which need not come into memory.
+    """
+    checkpoint = layout.checkpoint
+    contents = contents_of(checkpoint)
+    state_dict = merge_to_memory(Inputs((layout,), layout), [1.0])
     return Loaded(layout, state_dict, contents)
 
 
@@ -78,15 +84,6 @@ def check_finite(values: torch.Tensor, *, name: str, checkpoint: Checkpoint) -> 
             f"{checkpoint.uri}: tensor {name!r} has {bad} NaN or Inf values of {values.numel()}",
             checkpoint=checkpoint.name,
         )
-
-
-def torch_dtype(tensor: Tensor, checkpoint: Checkpoint) -> torch.dtype:
-    if tensor.dtype not in DTYPES:
-        raise DamagedCheckpoint(
-            f"{checkpoint.uri}: tensor {tensor.name!r} is stored as {tensor.dtype}, which is not "
-            f"supported; {', '.join(DTYPES)} are"
-        )
-    return DTYPES[tensor.dtype]
 
 
 def _read_file(store: Store, entry: Entry, pool: ThreadPoolExecutor) -> tuple[bytearray, str]:
@@ -106,9 +103,10 @@ def _view(buffer: bytearray, tensor: Tensor, checkpoint: Checkpoint) -> torch.Te
     dtype = torch_dtype(tensor, checkpoint)
     if tensor.length == 0:
         return torch.empty(tensor.shape, dtype=dtype)
+    (piece,) = tensor.pieces
     count = tensor.length // dtype.itemsize
-    if tensor.start % dtype.itemsize:  # a header of odd length: legal, and torch wants alignment
-        data = bytearray(memoryview(buffer)[tensor.start : tensor.start + tensor.length])
+    if piece.start % dtype.itemsize:  # a header of odd length: legal, and torch wants alignment
+        data = bytearray(memoryview(buffer)[piece.start : piece.start + tensor.length])
         return torch.frombuffer(data, dtype=dtype, count=count).reshape(tensor.shape)
-    values = torch.frombuffer(buffer, dtype=dtype, count=count, offset=tensor.start)
+    values = torch.frombuffer(buffer, dtype=dtype, count=count, offset=piece.start)
     return values.reshape(tensor.shape)

@@ -55,7 +55,7 @@ class Workspace:
 
     def _sweep(self) -> None:
         """Delete what a killed writer left half made: no name that anyone was given."""
-        for left in [*self.folder("tmp").iterdir(), *self.folder("models").glob(".*")]:
+        for left in self.folder("tmp").iterdir():
             if left.is_dir():
                 remove_folder(left)
             else:

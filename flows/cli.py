@@ -223,12 +223,9 @@ def score(
 ) -> None:
     """Score one checkpoint on text files: loss, perplexity, bits per byte."""
     corpora = dict(_pair(item, "--corpus", "NAME=FILE.jsonl") for item in corpus)
-    if split not in (None, "selection", "audit", "report"):
-        raise ConfigurationError(f"--split {split!r}: selection, audit or report is expected")
-    if bos not in ("document", "none"):
-        raise ConfigurationError(f"--bos {bos!r}: document or none is expected")
-    if device not in ("auto", "cpu", "cuda"):
-        raise ConfigurationError(f"--device {device!r}: auto, cpu or cuda is expected")
+    _check_choice("--split", split, (None, "selection", "audit", "report"))
+    _check_choice("--bos", bos, ("document", "none"))
+    _check_choice("--device", device, ("auto", "cpu", "cuda"))
     from ckptfuse.once import score_once
     from flows.show import print_score, scoring_bar
 
@@ -253,27 +250,67 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16  [default: as the inputs]")
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="safetensors (a Hugging Face folder) or dcp (a distributed checkpoint to resume "
+            "from)  [default: as the inputs]"
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="moments in a dcp: the newest's, their average, or none of them")
+    ] = "newest",
+    copy: Annotated[
+        list[str] | None, typer.Option(help="Tensors (* for any characters) to copy, not merge.")
+    ] = None,
+    master: Annotated[
+        list[str] | None, typer.Option(help="fp32 weights in the optimizer (* for any characters).")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse inputs whose copied tensors differ.")
+    ] = False,
 ) -> None:
-    """Merge checkpoints, oldest first; configuration and tokenizer are the last one's."""
+    """Merge checkpoints, oldest first; whatever is not merged is the last one's."""
     pairs = [_pair(item, "input", "CHECKPOINT=WEIGHT") for item in inputs]
     try:
         weights = [float(weight) for _, weight in pairs]
     except ValueError as error:
         raise ConfigurationError(f"a weight is no number: {error}") from error
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ConfigurationError(f"--dtype {dtype!r}: float32, bfloat16 or float16 is expected")
+    _check_choice("--dtype", dtype, (None, "float32", "bfloat16", "float16"))
+    _check_choice("--form", form, (None, "safetensors", "dcp"))
+    _check_choice("--optimizer", optimizer, ("newest", "average", "none"))
     if abs(sum(weights) - 1) > 1e-6:
         stderr.print(f"note: the weights sum to {sum(weights):g}; they are used as given")
-    from ckptfuse.merge.once import merge_once
+    from ckptfuse.fusion import Recipe
+    from ckptfuse.merge.once import form_of, merge_once
     from flows.progress import merging_bar
 
     with merging_bar(stderr) as progress:
         spec, contents = merge_once(
-            out, [uri for uri, _ in pairs], weights, dtype=dtype, progress=progress
+            out,
+            [uri for uri, _ in pairs],
+            weights,
+            recipe=Recipe(
+                dtype=dtype,
+                copied=tuple(copy or ()),
+                form=form or form_of(pairs[-1][0]),  # type: ignore[arg-type]
+                optimizer=optimizer,  # type: ignore[arg-type]
+                masters=tuple(master or ()),
+                strict=strict,
+            ),
+            progress=progress,
         )
     size = sum(size for size, _ in contents.values())
     stderr.print(f"{len(contents)} files, {size / 1e6:.1f} MB, fusion {spec.id[:16]}")
     stdout.print(out, markup=False)
+
+
+def _check_choice(option: str, value: str | None, accepted: tuple[str | None, ...]) -> None:
+    if value not in accepted:
+        names = [name for name in accepted if name is not None]
+        raise ConfigurationError(
+            f"{option} {value!r}: {', '.join(names[:-1])} or {names[-1]} is expected"
+        )
 
 
 def _pair(text: str, what: str, form: str) -> tuple[str, str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from prefect import flow
 
-from ckptfuse.checkpoints import Listing
 from ckptfuse.errors import PublicationError
+from ckptfuse.listing import Listing
 from ckptfuse.params import load_params
 from ckptfuse.plan import Actions
 from ckptfuse.records import GateRecord

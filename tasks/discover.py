@@ -3,7 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ckptfuse.checkpoints import Listing
+from ckptfuse.listing import Listing
 from ckptfuse.plan import Actions, Quarantine, Skip
 from ckptfuse.service import Service
 from ckptfuse.steps import look

@@ -70,7 +70,8 @@ class Killer:
     def install(self) -> None:
         self.wrap(Records, "put", lambda _, key, record, *rest: f"record {record.kind}")
         self.wrap(ckptfuse.scoring, "run_job", lambda *_, **__: "scoring job")
-        self.wrap(ckptfuse.merge.folder, "_write_files", lambda *_: "weights written")
+        self.wrap(ckptfuse.merge.folder, "_merge_missing", lambda *_, **__: "weights written")
+        self.wrap(ckptfuse.merge.folder, "_write_rest", lambda *_: "configuration written")
         self.wrap(ckptfuse.merge.folder, "_rename", lambda *_: "weights renamed")
         self.wrap(tasks.ledger.Ledger, "_run", lambda _, command: _words(command))
         self.wrap(tasks.ledger, "link_tree", lambda *_: "weights linked into the ledger")

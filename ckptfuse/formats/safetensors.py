@@ -17,30 +17,11 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, MissingFile
+from ckptfuse.formats.tensors import BITS, Tensor, tensor_bytes, whole_tensor
 from ckptfuse.store import Store
 
 MAX_HEADER_SIZE = 100_000_000
 _PREFIX = struct.Struct("<Q")
-
-#: Bits per element of every dtype that safetensors 0.8 writes.
-BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """Where one tensor lies: ``length`` bytes from ``start`` (absolute) in ``file``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +32,6 @@ class Header:
     metadata: Mapping[str, str]
     data_start: int
     file_size: int
-
-
-def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor; raises KeyError for an unknown dtype."""
-    return math.prod(shape) * BITS[dtype] // 8
 
 
 def read_header(store: Store, file: str, size: int) -> Header:
@@ -78,7 +54,7 @@ def read_header(store: Store, file: str, size: int) -> Header:
         raise IncompleteCheckpoint(f"{where}: {size} bytes of at least {data_start}")
     tensors, metadata = _parse(where, store.read_range(file, _PREFIX.size, header_size))
     placed = _place(where, file, tensors, data_start)
-    expected = placed[-1].start + placed[-1].length if placed else data_start
+    expected = data_start + sum(tensor.length for tensor in placed)
     if size < expected:
         raise IncompleteCheckpoint(f"{where}: {size} bytes of {expected}")
     if size > expected:
@@ -124,17 +100,17 @@ def _place(
                 f"{where}: tensor {name!r} takes bytes {start} to {end}, but {dtype} {shape} has "
                 f"{bits} bits"
             )
-        placed.append(Tensor(name, dtype, tuple(shape), file, data_start + start, end - start))
-    placed.sort(key=lambda tensor: (tensor.start, tensor.length))
+        placed.append((data_start + start, end - start, name, dtype, tuple(shape)))
+    placed.sort()
     position = data_start
-    for tensor in placed:
-        if tensor.start != position:
+    for start, length, name, _, _ in placed:
+        if start != position:
             raise DamagedCheckpoint(
-                f"{where}: tensor {tensor.name!r} starts at byte {tensor.start}, where "
-                f"{position} was expected: tensors overlap or leave a gap"
+                f"{where}: tensor {name!r} starts at byte {start}, where {position} was expected: "
+                "tensors overlap or leave a gap"
             )
-        position += tensor.length
-    return placed
+        position += length
+    return [whole_tensor(name, dtype, shape, file, at) for at, _, name, dtype, shape in placed]
 
 
 def _is_lengths(value: object) -> TypeGuard[list[int]]:

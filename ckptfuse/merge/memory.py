@@ -8,7 +8,7 @@ from ckptfuse.merge.arithmetic import BLOCK_ELEMENTS
 from ckptfuse.merge.inputs import Inputs
 from ckptfuse.merge.output_files import OutputFile
 from ckptfuse.merge.passes import Pass
-from ckptfuse.reading import DTYPES, torch_dtype
+from ckptfuse.torch_dtypes import DTYPES, torch_dtype
 
 
 def merge_to_memory(
@@ -48,5 +48,5 @@ def _views(file: OutputFile, buffer: torch.Tensor, inputs: Inputs) -> dict[str, 
         flat = buffer[placed.start : placed.start + placed.length]
         if placed.start % placed.width:  # legal in the format, and torch wants alignment
             flat = flat.clone()
-        views[placed.tensor.name] = flat.view(DTYPES[placed.dtype]).reshape(placed.tensor.shape)
+        views[placed.tensor.name] = flat.view(DTYPES[placed.dtype]).reshape(placed.box.shape)
     return views

@@ -1,12 +1,13 @@
 """Merge by hand: no service and no parameters file."""
 
 from collections.abc import Sequence
+from typing import Literal
 
-from ckptfuse.checkpoints import Contents, open_checkpoint
+from ckptfuse.checkpoints import Contents, distributed_metadata, open_checkpoint
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.fingerprints import fingerprint_of
-from ckptfuse.fusion import FusionSpec, check_weights
-from ckptfuse.merge.folder import write_fusion
+from ckptfuse.fusion import FusionSpec, Recipe, check_weights
+from ckptfuse.merge.folder import is_unfinished, write_fusion
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.passes import Progress, ignore
 from ckptfuse.store import FolderStore, Store, open_store
@@ -17,7 +18,7 @@ def merge_once(
     checkpoints: Sequence[str],
     weights: Sequence[float],
     *,
-    dtype: str | None = None,
+    recipe: Recipe | None = None,
     progress: Progress = ignore,
 ) -> tuple[FusionSpec, Contents]:
     """Merge checkpoints, oldest first, into a new folder or S3 prefix.
@@ -27,19 +28,26 @@ def merge_once(
     opened = [open_checkpoint(uri) for uri in checkpoints]
     chosen = check_weights(weights)
     used = [checkpoint for checkpoint, weight in zip(opened, chosen, strict=True) if weight]
-    inputs = open_inputs(used, opened[-1], dtype)
+    recipe = recipe or Recipe()
+    inputs = open_inputs(used, opened[-1], recipe)
     target = open_store(out)
-    if _is_taken(target):
-        raise ConfigurationError(f"{out} is there already and not empty; choose another place")
     distinct = {checkpoint.uri: checkpoint for checkpoint in [*used, opened[-1]]}
     prints = {uri: fingerprint_of(checkpoint) for uri, checkpoint in distinct.items()}
     spec = FusionSpec(
         fingerprints=tuple(prints[checkpoint.uri] for checkpoint in used),
         weights=tuple(weight for weight in chosen if weight),
         ancillary=prints[opened[-1].uri],
-        dtype=dtype,
+        recipe=recipe,
     )
+    if _is_taken(target) and not is_unfinished(target, spec):
+        raise ConfigurationError(f"{out} is there already and not empty; choose another place")
     return spec, write_fusion(inputs, spec, target, progress)
+
+
+def form_of(uri: str) -> Literal["safetensors", "dcp"]:
+    """The form of a checkpoint that a merge keeps unless told otherwise."""
+    paths = (entry.path for entry in open_checkpoint(uri).files)
+    return "dcp" if distributed_metadata(paths) is not None else "safetensors"
 
 
 def _is_taken(target: Store) -> bool:

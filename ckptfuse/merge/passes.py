@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -26,10 +26,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ckptfuse import digests
-from ckptfuse.checkpoints import Layout
-from ckptfuse.errors import ConfigurationError, NonFiniteValues
+from ckptfuse.errors import ConfigurationError, MismatchedCheckpoints, NonFiniteValues
 from ckptfuse.fingerprints import check_unchanged
-from ckptfuse.formats.safetensors import tensor_bytes
+from ckptfuse.formats.tensors import tensor_bytes
+from ckptfuse.layouts import Layout
 from ckptfuse.merge.arithmetic import (
     BLOCK_ELEMENTS,
     DTYPES,
@@ -38,9 +38,10 @@ from ckptfuse.merge.arithmetic import (
     round_into,
     weighted_sums,
 )
-from ckptfuse.merge.inputs import COPIED, Inputs
+from ckptfuse.merge.inputs import Inputs
 from ckptfuse.merge.output_files import OutputFile, Span, output_files
-from ckptfuse.store import PartWriter, Reader
+from ckptfuse.merge.sources import Source
+from ckptfuse.store import PartWriter
 
 #: What the buffers of all threads together may take.
 MEMORY = 160 * 1024 * 1024
@@ -91,6 +92,7 @@ class Pass:
         inputs: Inputs,
         vectors: Sequence[Sequence[float]],
         *,
+        only: Collection[str] | None = None,
         block_elements: int = BLOCK_ELEMENTS,
     ) -> None:
         for vector in vectors:
@@ -98,7 +100,7 @@ class Pass:
                 raise ConfigurationError(f"{len(vector)} weights for {len(inputs.layouts)} inputs")
         self.inputs = inputs
         self.vectors = vectors
-        self.files = output_files(inputs)
+        self.files = [f for f in output_files(inputs) if only is None or f.name in only]
         self.size = len(vectors) * sum(file.size for file in self.files)
         self._block_elements = block_elements
         self._read = [any(vector[i] for vector in vectors) for i in range(len(inputs.layouts))]
@@ -131,10 +133,11 @@ class Pass:
                 if source is not None:
                     check_unchanged(source.layout.checkpoint)
 
-    def _open(self, layout: Layout) -> "_Source":
+    def _open(self, layout: Layout) -> Source:
         store = layout.checkpoint.store()
-        readers = {file: self._stack.enter_context(store.reader(file)) for file in layout.headers}
-        return _Source(layout, readers)
+        files = dict.fromkeys([*layout.files, *layout.item_files])
+        readers = {file: self._stack.enter_context(store.reader(file)) for file in files}
+        return Source(layout, readers, self._request_size)
 
     def _choose_threads(self) -> int:
         each = sum(self._read) * self._request_size + len(self.vectors) * digests.LEAF_SIZE
@@ -188,6 +191,7 @@ class Pass:
             head = np.frombuffer(file.header[begin:end], np.uint8)
             for leaf in leaves:
                 leaf[: len(head)] = head
+        self._copy_segments(file, begin, end, leaves, worker)
         for request in self._requests(file.within(begin, end)):
             self._merge_request(request, begin, leaves, worker)
         started = time.perf_counter()
@@ -200,6 +204,19 @@ class Pass:
             written=len(leaves) * (end - begin), writing=time.perf_counter() - started
         )
         return hashes
+
+    def _copy_segments(
+        self, file: OutputFile, begin: int, end: int, leaves: list[Array], worker: _Worker
+    ) -> None:
+        started = time.perf_counter()
+        size = 0
+        for segment in file.copied_within(begin, end):
+            part = slice(segment.start - begin, segment.start - begin + segment.length)
+            self._ancillary.read_bytes(segment.file, segment.file_start, leaves[0][part].data)
+            for leaf in leaves[1:]:
+                leaf[part] = leaves[0][part]
+            size += segment.length
+        worker.tally += Tally(read=size, reading=time.perf_counter() - started)
 
     def _worker(self) -> _Worker:
         if not hasattr(self._local, "worker"):
@@ -216,7 +233,7 @@ class Pass:
             width = tensor_bytes(span.placed.tensor.dtype, (1,))
             for piece in span.split(max(1, self._request_size // width)):
                 needed = piece.count * width
-                if group and (needed > room or not _alike(piece, group[0])):
+                if group and (needed > room or not self._alike(piece, group[0])):
                     yield group
                     group, room = [], self._request_size
                 group.append(piece)
@@ -238,26 +255,50 @@ class Pass:
             adding=time.perf_counter() - was_read,
         )
 
+    def _alike(self, one: Span, other: Span) -> bool:
+        a, b = one.placed, other.placed
+        return (a.tensor.dtype, a.dtype) == (b.tensor.dtype, b.dtype) and (
+            self._is_copied(one) == self._is_copied(other)
+        )
+
+    def _is_copied(self, span: Span) -> bool:
+        return span.placed.tensor.name in self.inputs.copied
+
     def _read_parts(self, spans: list[Span], scratch: Scratch) -> list[Array | None]:
         """The spans' elements from each input, or from the ancillary source if they are copied.
 
         From a network, all inputs at once.
         """
-        if spans[0].placed.tensor.dtype in COPIED:
+        copied = self._is_copied(spans[0])
+        if copied and not self.inputs.recipe.strict:
             return [self._ancillary.read(spans, "ancillary", scratch)]
-        dtype = DTYPES[spans[0].placed.tensor.dtype]
 
         def read(i: int) -> Array | None:
             source = self._sources[i]
-            return None if source is None else source.read(spans, f"input {i}", scratch).view(dtype)
+            return None if source is None else source.read(spans, f"input {i}", scratch)
 
         spread = self._requests_pool.map if self._requests_pool else map
-        return list(spread(read, range(len(self._sources))))
+        parts = list(spread(read, range(len(self._sources))))
+        if copied:
+            newest = self._ancillary.read(spans, "ancillary", scratch)
+            self._check_equal(spans, parts, newest)
+            return [newest]
+        dtype = DTYPES[spans[0].placed.tensor.dtype]
+        return [None if part is None else part.view(dtype) for part in parts]
+
+    def _check_equal(self, spans: list[Span], parts: Sequence[Array | None], newest: Array) -> None:
+        for source, part in zip(self._sources, parts, strict=True):
+            if source is not None and part is not None and not np.array_equal(part, newest):
+                names = ", ".join(repr(span.placed.tensor.name) for span in spans[:3])
+                raise MismatchedCheckpoints(
+                    f"tensor {names}: not merged but copied from the newest checkpoint, and "
+                    f"different in {source.layout.checkpoint.uri}; without strict it is copied"
+                )
 
     def _merged(
         self, spans: list[Span], parts: Sequence[Array | None], scratch: Scratch
     ) -> list[Array]:
-        if spans[0].placed.tensor.dtype in COPIED:
+        if self._is_copied(spans[0]):
             return [part for part in parts if part is not None] * len(self.vectors)
         output = DTYPES[spans[0].placed.dtype]
         count = sum(span.count for span in spans)
@@ -283,46 +324,6 @@ class Pass:
             "finite; ask for a wider output dtype (fuse.dtype)",
             checkpoint="",
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """One input's open files."""
-
-    layout: Layout
-    readers: Mapping[str, Reader]
-
-    def read(self, spans: Sequence[Span], use: str, scratch: Scratch) -> Array:
-        """The bytes of these spans, one after the other; neighbours come by one request."""
-        runs = _runs([self._range(span) for span in spans])
-        size = sum(length for _, _, length in runs)
-        buffer = scratch.take(use, np.dtype(np.uint8), size)
-        view, position = buffer.data, 0
-        for file, start, length in runs:
-            self.readers[file].read_into(start, view[position : position + length])
-            position += length
-        return buffer
-
-    def _range(self, span: Span) -> tuple[str, int, int]:
-        tensor = self.layout.tensors[span.placed.tensor.name]
-        width = tensor_bytes(tensor.dtype, (1,))
-        return tensor.file, tensor.start + span.first * width, span.count * width
-
-
-def _runs(ranges: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """Ranges (file, start, length) in the same order, those that touch made one."""
-    runs: list[tuple[str, int, int]] = []
-    for file, start, length in ranges:
-        if runs and runs[-1][0] == file and runs[-1][1] + runs[-1][2] == start:
-            runs[-1] = (file, runs[-1][1], runs[-1][2] + length)
-        else:
-            runs.append((file, start, length))
-    return runs
-
-
-def _alike(one: Span, other: Span) -> bool:
-    a, b = one.placed, other.placed
-    return (a.tensor.dtype, a.dtype) == (b.tensor.dtype, b.dtype)
 
 
 def _place(spans: Sequence[Span], data: Array, begin: int, leaf: Array) -> None:

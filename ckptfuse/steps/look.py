@@ -1,7 +1,7 @@
 """Look: what is in the bucket, what do the records say, what is to be done?"""
 
 from ckptfuse import checkpoints
-from ckptfuse.checkpoints import Conventions, Listing
+from ckptfuse.listing import Conventions, Listing, find
 from ckptfuse.plan import Actions, Quarantine, Skip, State, plan
 from ckptfuse.records import (
     CheckpointRecord,
@@ -22,7 +22,7 @@ def discover(service: Service) -> Listing:
         service.records.all(CheckpointRecord).keys() | service.records.all(QuarantineRecord).keys()
     )
     conventions = Conventions(watch.pattern, watch.marker, watch.settle_seconds, known)
-    return checkpoints.find(bucket, conventions)
+    return find(bucket, conventions)
 
 
 def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:

@@ -33,11 +33,13 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
         files=files,
     )
     service.records.put(decided.fusion, record)
+    for left in folder.parent.glob(".*"):  # of merges that were given up; ours was taken up again
+        remove_folder(left)
     return record
 
 
 def make_fusion(spec: FusionSpec, members: Sequence[Checkpoint], folder: Path) -> Contents:
     """Merge into a local folder. ``members`` are all of ``spec``'s, the ancillary one last."""
     used = [c for c, weight in zip(members, spec.weights, strict=True) if weight]
-    inputs = open_inputs(used, members[-1], spec.dtype)
+    inputs = open_inputs(used, members[-1], spec.recipe)
     return write_fusion(inputs, spec.narrowed(), FolderStore(folder))

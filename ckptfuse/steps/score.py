@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ckptfuse.checkpoints import Checkpoint, config_identity, read_layout
+from ckptfuse.checkpoints import Checkpoint, config_identity
 from ckptfuse.errors import CkptfuseError, JobError, NonFiniteValues
+from ckptfuse.layouts import read_layout
 from ckptfuse.plan import Quarantine
 from ckptfuse.protocol import CheckpointModel, Failed, Input, MergeModel
 from ckptfuse.records import CheckpointRecord, FusionRecord, PlanRecord
@@ -93,7 +94,11 @@ def score_fusion(service: Service, decided: PlanRecord, fusion: FusionRecord) ->
     tokenizer = service.scorer.tokenizer(fusion.folder)
     source = Input(uri=fusion.folder)
     model = MergeModel(
-        fusion=decided.fusion, inputs=(source,), weights=(1.0,), dtype=None, ancillary=source
+        fusion=decided.fusion,
+        inputs=(source,),
+        weights=(1.0,),
+        dtype=None,
+        ancillary=source,
     )
     (answer,) = service.scorer.score([model], tokenizer)
     raise_failed(answer.failed)

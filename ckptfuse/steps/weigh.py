@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ckptfuse.deciding import Evaluator, decide
 from ckptfuse.digests import digest
-from ckptfuse.fusion import FusionSpec
+from ckptfuse.fusion import FusionSpec, Recipe
+from ckptfuse.params import FuseParams
 from ckptfuse.plan import Fuse
 from ckptfuse.protocol import Input, MergeModel
 from ckptfuse.records import CheckpointRecord, FusionRecord, Member, PlanRecord
@@ -30,7 +31,8 @@ def evaluator(
                 fusion=spec.id,
                 inputs=inputs,
                 weights=spec.weights,
-                dtype=spec.dtype,
+                dtype=spec.recipe.dtype,
+                copied=spec.recipe.copied,
                 ancillary=inputs[-1],
             )
             for spec in specs
@@ -45,6 +47,10 @@ def evaluator(
     return evaluate
 
 
+def recipe_of(params: FuseParams) -> Recipe:
+    return Recipe(dtype=params.dtype, copied=params.copied, strict=params.strict)
+
+
 def spec_of(
     service: Service, members: Sequence[CheckpointRecord | Member], weights: Sequence[float]
 ) -> FusionSpec:
@@ -52,7 +58,7 @@ def spec_of(
         fingerprints=tuple(member.fingerprint for member in members),
         weights=tuple(weights),
         ancillary=members[-1].fingerprint,
-        dtype=service.params.fuse.dtype,
+        recipe=recipe_of(service.params.fuse),
     )
 
 

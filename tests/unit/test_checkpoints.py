@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from ckptfuse.checkpoints import (
-    Conventions,
-    Listing,
     check_bucket_uri,
-    find,
     open_checkpoint,
-    read_layout,
 )
 from ckptfuse.errors import (
     ChangedCheckpoint,
@@ -24,6 +20,8 @@ from ckptfuse.errors import (
     MissingFile,
 )
 from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.layouts import read_layout
+from ckptfuse.listing import Conventions, Listing, find
 from ckptfuse.store import FolderStore, open_store
 from tests.helpers import CONFIG, make_older, write_checkpoint
 from tests.servers import S3Server

@@ -11,8 +11,8 @@ import torch
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ConfigurationError, NonFiniteValues
 from ckptfuse.fingerprints import fingerprint_of
-from ckptfuse.fusion import FusionSpec
-from ckptfuse.merge.folder import write_fusion
+from ckptfuse.fusion import FusionSpec, Recipe
+from ckptfuse.merge.folder import JOURNAL, write_fusion
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.reading import load
@@ -24,7 +24,9 @@ from tests.unit.test_merge import WEIGHTS, opened, three
 
 def spec_of(inputs: Inputs, weights: Sequence[float]) -> FusionSpec:
     prints = tuple(fingerprint_of(layout.checkpoint) for layout in inputs.layouts)
-    return FusionSpec(prints, tuple(weights), fingerprint_of(inputs.ancillary.checkpoint))
+    return FusionSpec(
+        prints, tuple(weights), fingerprint_of(inputs.ancillary.checkpoint), inputs.recipe
+    )
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
@@ -127,9 +129,13 @@ def test_the_fusion_id_ignores_inputs_of_weight_zero_and_knows_all_else() -> Non
         FusionSpec(("b", "a"), (0.5, 0.5), "b"),
         FusionSpec(("a", "b"), (0.5, np.nextafter(0.5, 1)), "b"),
         FusionSpec(("a", "b"), (0.5, 0.5), "a"),
-        FusionSpec(("a", "b"), (0.5, 0.5), "b", "float32"),
+        FusionSpec(("a", "b"), (0.5, 0.5), "b", Recipe(dtype="float32")),
+        FusionSpec(("a", "b"), (0.5, 0.5), "b", Recipe(copied=("*.bias",))),
+        FusionSpec(("a", "b"), (0.5, 0.5), "b", Recipe(form="dcp")),
+        FusionSpec(("a", "b"), (0.5, 0.5), "b", Recipe(form="dcp", optimizer="none")),
     ]
-    assert len({spec.id, *(other.id for other in others)}) == 5
+    assert len({spec.id, *(other.id for other in others)}) == 8
+    assert FusionSpec(("a", "b"), (0.5, 0.5), "b", Recipe(strict=True)).id == spec.id
 
 
 def test_a_fused_llama_loads_in_transformers_with_the_averaged_weights(
@@ -193,4 +199,5 @@ def test_on_s3_the_configuration_comes_last_so_that_no_half_model_is_taken_for_o
     target = Remembering("bucket", "in-order")
     write_fusion(inputs, spec_of(inputs, WEIGHTS), target)
     assert target.order[-1] == "config.json"
-    assert len(target.order) == 5
+    final = [path for path in target.order if not path.startswith(JOURNAL)]
+    assert len(final) == 5

@@ -22,13 +22,13 @@ from ckptfuse.errors import (
     NonFiniteValues,
 )
 from ckptfuse.formats.safetensors import encode_header
-from ckptfuse.fusion import check_weights
+from ckptfuse.fusion import Recipe, check_weights
 from ckptfuse.merge import passes
 from ckptfuse.merge.folder import merge_to_stores
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
-from ckptfuse.reading import DTYPES
 from ckptfuse.store import FolderStore, _Descriptor
+from ckptfuse.torch_dtypes import DTYPES
 from tests.helpers import CONFIG, bits, make_older, write_checkpoint
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ def three(folder: Path, **options: object) -> list[dict[str, torch.Tensor]]:
 
 def opened(folder: Path, count: int = 3, dtype: str | None = None) -> Inputs:
     checkpoints = [open_checkpoint(str(folder / f"step{step}")) for step in range(count)]
-    return open_inputs(checkpoints, checkpoints[-1], dtype)
+    return open_inputs(checkpoints, checkpoints[-1], Recipe(dtype=dtype))
 
 
 def gather(
@@ -206,7 +206,7 @@ def test_an_input_of_weight_zero_is_skipped_and_never_read(tmp_path: Path) -> No
     inputs = opened(tmp_path)
     weights = tmp_path / "step1" / "model.safetensors"
     stamp = weights.stat()
-    start = inputs.layouts[1].headers["model.safetensors"].data_start
+    start = min(t.pieces[0].start for t in inputs.layouts[1].tensors.values())
     weights.write_bytes(weights.read_bytes()[:start] + b"\xff" * (stamp.st_size - start))  # NaN
     merged = merge_to_memory(inputs, (0.25, 0.0, 0.75))
     for name, values in merged.items():

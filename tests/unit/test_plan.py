@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptfuse.checkpoints import Checkpoint, Listing, Refused
+from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.listing import Listing, Refused
 from ckptfuse.params import Params
 from ckptfuse.plan import Actions, State, plan
 from ckptfuse.records import (

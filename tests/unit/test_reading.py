@@ -13,7 +13,8 @@ from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.digests import LEAF_SIZE, content_digest
 from ckptfuse.errors import ChangedCheckpoint, DamagedCheckpoint, NonFiniteValues, StoreError
 from ckptfuse.fingerprints import fingerprint_of
-from ckptfuse.reading import DTYPES, load
+from ckptfuse.reading import load
+from ckptfuse.torch_dtypes import DTYPES
 from tests.helpers import bits, make_older, write_checkpoint
 
 WEIGHTS = "model.safetensors"

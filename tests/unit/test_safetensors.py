@@ -52,7 +52,8 @@ def test_every_tensor_is_where_upstream_reads_it(tmp_path: Path) -> None:
     assert {t.name for t in header.tensors} == set(TENSORS)
     assert header.metadata == {"format": "pt"}
     for tensor in header.tensors:
-        stored = VALID[tensor.start : tensor.start + tensor.length]
+        (piece,) = tensor.pieces
+        stored = VALID[piece.start : piece.start + tensor.length]
         expected = TENSORS[tensor.name]
         assert tensor.shape == tuple(expected.shape)
         assert stored == expected.flatten().view(torch.uint8).numpy().tobytes()
@@ -95,7 +96,7 @@ def agrees_with_upstream(folder: Path, data: bytes) -> None:
         return
     upstream = {name: (about["shape"], about["data"]) for name, about in deserialize(data)}
     ours = {
-        t.name: (list(t.shape), bytearray(data[t.start : t.start + t.length]))
+        t.name: (list(t.shape), bytearray(data[t.pieces[0].start :][: t.length]))
         for t in header.tensors
     }
     assert ours == upstream

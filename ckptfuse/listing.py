@@ -1,0 +1,115 @@
+"""Which folders of a bucket hold a checkpoint now: complete, not yet, or damaged.
+
+A folder counts after three looks, each cheaper than the next::
+
+    its name parses  ->  its files are there and settled  ->  every header fits its file
+
+Nothing here reads weights: headers come by ranged reads.
+"""
+
+import time
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
+from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, MissingFile
+from ckptfuse.layouts import read_layout
+from ckptfuse.names import ParsedName, parse_name
+from ckptfuse.store import Entry, FolderStore, Store
+
+#: Files that a trainer writes last: the Hugging Face Trainer, and every distributed checkpoint.
+WRITTEN_LAST = frozenset(["trainer_state.json", METADATA])
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A folder with a checkpoint's name that is not (yet) one, and why."""
+
+    checkpoint: Checkpoint
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a bucket holds now: complete checkpoints by step, and those that do not count."""
+
+    complete: tuple[Checkpoint, ...] = ()
+    incomplete: tuple[Refused, ...] = ()
+    damaged: tuple[Refused, ...] = ()
+    #: Signature -> architecture, of the checkpoints whose headers were read in this look.
+    architectures: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Conventions:
+    """How a team's trainer names and finishes its checkpoints."""
+
+    pattern: str | None = None
+    marker: str | None = None
+    settle_seconds: float = 30.0
+    known: Container[str] = field(default_factory=frozenset)
+
+
+def find(bucket: Store, conventions: Conventions) -> Listing:
+    """List a bucket and sort its checkpoint folders into complete, incomplete and damaged.
+
+    Checkpoints whose signature is in ``conventions.known`` were looked into before; their headers
+    are not read again, so an unchanged bucket costs one listing.
+    """
+    complete: list[Checkpoint] = []
+    incomplete: list[Refused] = []
+    damaged: list[Refused] = []
+    architectures: dict[str, str] = {}
+    for name, parsed, entries in _folders(bucket, conventions.pattern):
+        store = bucket.child(name)
+        checkpoint = checkpoint_of(store, name, parsed, [e for e in entries if is_identity(e.path)])
+        try:
+            _check_settled(entries, conventions, local=isinstance(bucket, FolderStore))
+            checkpoint = assemble(store, name, parsed, entries)
+            if checkpoint.signature not in conventions.known:
+                architectures[checkpoint.signature] = read_layout(checkpoint).architecture
+            complete.append(checkpoint)
+        except (IncompleteCheckpoint, MissingFile) as error:
+            incomplete.append(Refused(checkpoint, str(error)))
+        except DamagedCheckpoint as error:
+            damaged.append(Refused(checkpoint, str(error)))
+    complete.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.name))
+    return Listing(tuple(complete), tuple(incomplete), tuple(damaged), architectures)
+
+
+def _folders(bucket: Store, pattern: str | None) -> Iterator[tuple[str, ParsedName, list[Entry]]]:
+    """Top-level folders with a checkpoint's name, and their files (paths relative)."""
+    folders: dict[str, list[Entry]] = {}
+    for entry in bucket.list(""):
+        name, _, path = entry.path.partition("/")
+        if path:
+            relative = Entry(path, entry.size, entry.version, entry.modified)
+            folders.setdefault(name, []).append(relative)
+    for name, entries in folders.items():
+        parsed = parse_name(name, pattern)
+        if parsed is not None:
+            yield name, parsed, entries
+
+
+def _check_settled(entries: list[Entry], conventions: Conventions, *, local: bool) -> None:
+    """Raise IncompleteCheckpoint while the trainer may still be adding files.
+
+    A marker of the team's choice decides when there is one. In a folder, some files are known to
+    be written last, so nothing newer than one of them means done. Otherwise files must have been
+    quiet for a while: uploads arrive in any order.
+    """
+    present = {entry.path: entry for entry in entries}
+    newest = max(entry.modified for entry in entries)
+    last = [entry for entry in entries if entry.path.rpartition("/")[2] in WRITTEN_LAST]
+    if conventions.marker is not None:
+        if conventions.marker not in present:
+            raise IncompleteCheckpoint(f"waiting for the marker file {conventions.marker!r}")
+        return
+    if local and any(entry.modified >= newest for entry in last):
+        return
+    quiet = time.time() - newest
+    if quiet < conventions.settle_seconds:
+        raise IncompleteCheckpoint(
+            f"last written {max(quiet, 0):.0f} s ago; counts after {conventions.settle_seconds:g} "
+            "s of quiet (watch.settle_seconds)"
+        )
