@@ -92,10 +92,14 @@ class FusionSpec:
 
     def model_card(self) -> bytes:
         """The text of ``README.md``."""
+        bases = "\n".join(f"- {print_[:16]}" for print_, _ in self.used)
         rows = "\n".join(f"| `{print_[:16]}` | {weight:.6f} |" for print_, weight in self.used)
         return f"""---
 library_name: transformers
 tags: [merge, checkpoint-fusion]
+base_model:
+{bases}
+base_model_relation: merge
 ---
 # Fusion `{self.id[:16]}`
 

@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[1]
 def launch(ranks: int, *commands: Sequence[object]) -> None:
     """Run these commands, one after the other, on ``ranks`` processes; raises when one fails."""
     port = free_port()
+    words = [",".join(map(str, command)) for command in commands]
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed", *(",".join(map(str, command)) for command in commands)],
+            [sys.executable, "-m", "tests.distributed", *words],
             cwd=ROOT,
             env={
                 **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks),

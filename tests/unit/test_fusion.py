@@ -3,18 +3,22 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ckptfuse.checkpoints import open_checkpoint
-from ckptfuse.errors import ConfigurationError, NonFiniteValues
+from ckptfuse.errors import ConfigurationError, NonFiniteValues, StoreError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec, Recipe
-from ckptfuse.merge.folder import JOURNAL, write_fusion
+from ckptfuse.merge.folder import JOURNAL, merge_shard, write_fusion
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
+from ckptfuse.merge.once import merge_once
+from ckptfuse.merge.output_files import OutputFile
+from ckptfuse.merge.passes import Pass
 from ckptfuse.reading import load
 from ckptfuse.store import FolderStore, S3Store, open_store
 from tests.helpers import CONFIG, bits, write_checkpoint
@@ -201,3 +205,60 @@ def test_on_s3_the_configuration_comes_last_so_that_no_half_model_is_taken_for_o
     assert target.order[-1] == "config.json"
     final = [path for path in target.order if not path.startswith(JOURNAL)]
     assert len(final) == 5
+
+
+def test_a_merge_that_was_cut_short_goes_on_with_the_files_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(tmp_path, shards=3)
+    inputs = opened(tmp_path)
+    spec = spec_of(inputs, WEIGHTS)
+    whole = write_fusion(inputs, spec, FolderStore(tmp_path / "whole"))
+    target = tmp_path / "out"
+    merge_file, files = Pass.merge_file, []
+
+    def breaking(self: Pass, file: OutputFile, *rest: Any) -> list[str]:
+        if len(files) == 2:
+            raise StoreError("the disk went away")
+        files.append(file.name)
+        return merge_file(self, file, *rest)
+
+    monkeypatch.setattr(Pass, "merge_file", breaking)
+    with pytest.raises(StoreError, match="went away"):
+        write_fusion(inputs, spec, FolderStore(target))
+    assert not target.exists()
+    monkeypatch.setattr(
+        Pass, "merge_file", lambda *given: files.append(given[1].name) or merge_file(*given)
+    )
+    assert write_fusion(inputs, spec, FolderStore(target)) == whole
+    assert len(files) == len(set(files)) == 3, "a file was merged twice"
+    assert folder_bytes(target) == folder_bytes(tmp_path / "whole")
+
+
+def test_shards_that_workers_merge_are_taken_up_by_the_one_who_ends_it(tmp_path: Path) -> None:
+    three(tmp_path, shards=3)
+    inputs = opened(tmp_path)
+    spec = spec_of(inputs, WEIGHTS)
+    whole = write_fusion(inputs, spec, FolderStore(tmp_path / "whole"))
+    target = FolderStore(tmp_path / "out")
+    for shard in (1, 0):
+        made = merge_shard(inputs, spec, target, shard, 2)
+        assert made == {name: whole[name] for name in made}
+        assert not target.root.exists()
+    assert write_fusion(inputs, spec, target) == whole
+    assert folder_bytes(target.root) == folder_bytes(tmp_path / "whole")
+    with pytest.raises(ConfigurationError, match="shard 2 of 2"):
+        merge_shard(inputs, spec, target, 2, 2)
+
+
+def test_on_s3_another_merge_does_not_go_on_in_its_place(tmp_path: Path, moto_s3: S3Server) -> None:
+    three(tmp_path, shards=2)
+    uris = [str(tmp_path / f"step{step}") for step in range(3)]
+    inputs = opened(tmp_path)
+    merge_shard(inputs, spec_of(inputs, WEIGHTS), open_store("s3://bucket/shared"), 0, 2)
+    with pytest.raises(ConfigurationError, match="not empty"):
+        merge_once("s3://bucket/shared", uris, (0.2, 0.2, 0.6))
+    merge_once("s3://bucket/shared", uris, WEIGHTS)
+    found = {entry.path for entry in open_store("s3://bucket/shared").list()}
+    assert "config.json" in found
+    assert not any(path.startswith(JOURNAL) for path in found)

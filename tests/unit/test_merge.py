@@ -371,3 +371,41 @@ def test_weights_must_fit_the_inputs_and_be_usable(tmp_path: Path) -> None:
             check_weights(weights)
     with pytest.raises(ConfigurationError, match="nothing to merge"):
         open_inputs([], opened(tmp_path).ancillary.checkpoint)
+
+
+def test_floats_that_no_gradient_moves_are_copied_by_name(tmp_path: Path) -> None:
+    names = ("layers.0.mlp.gate.e_score_correction_bias", "a.moe.expert_bias", "rope.inv_freq")
+    for step in range(2):
+        values = {name: torch.tensor([0.5 + step]) for name in (*names, "usual.bias", "w.scale")}
+        write_checkpoint(tmp_path / f"step{step}", values)
+    checkpoints = [open_checkpoint(str(tmp_path / f"step{step}")) for step in range(2)]
+    merged = merge_to_memory(open_inputs(checkpoints, checkpoints[-1]), (0.5, 0.5))
+    assert {name: merged[name].item() for name in names} == dict.fromkeys(names, 1.5)
+    assert (merged["usual.bias"].item(), merged["w.scale"].item()) == (1.0, 1.0)
+    recipe = Recipe(copied=("*.scale",))
+    more = merge_to_memory(open_inputs(checkpoints, checkpoints[-1], recipe), (0.5, 0.5))
+    assert (more["usual.bias"].item(), more["w.scale"].item()) == (1.0, 1.5)
+
+
+def test_strict_refuses_copied_tensors_that_differ(tmp_path: Path) -> None:
+    for step in range(2):
+        values = {"w": torch.tensor([float(step)]), "n": torch.tensor([step, 4])}
+        write_checkpoint(tmp_path / f"step{step}", values)
+    checkpoints = [open_checkpoint(str(tmp_path / f"step{step}")) for step in range(2)]
+    inputs = open_inputs(checkpoints, checkpoints[-1], Recipe(strict=True))
+    with pytest.raises(MismatchedCheckpoints, match=r"'n'.*step0"):
+        merge_to_memory(inputs, (0.5, 0.5))
+    same = open_inputs(checkpoints[1:], checkpoints[-1], Recipe(strict=True))
+    assert merge_to_memory(same, (1.0,))["n"].tolist() == [1, 4]
+
+
+def test_scaled_tensors_may_be_copied_if_that_is_asked_for(tmp_path: Path) -> None:
+    for step in range(2):
+        values = {"w": torch.ones(2), "q": torch.full((2,), step + 1.0).to(torch.float8_e4m3fn)}
+        write_checkpoint(tmp_path / f"step{step}", values)
+    checkpoints = [open_checkpoint(str(tmp_path / f"step{step}")) for step in range(2)]
+    inputs = open_inputs(checkpoints, checkpoints[-1], Recipe(copied=("q",)))
+    (contents,) = merge_to_stores(inputs, [(0.5, 0.5)], [FolderStore(tmp_path / "out")])
+    assert contents
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged["q"].float().tolist() == [2.0, 2.0]
