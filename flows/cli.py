@@ -36,6 +36,8 @@ ParamsOption = Annotated[
     Path | None, typer.Option("--params", help="params.yaml to read  [default: ./params.yaml]")
 ]
 DECLINED = 3
+#: Of the environment variables that set the same caps for the service (params.yaml: reading).
+READING = "CKPTFUSE_READING__"
 
 
 def main() -> None:
@@ -253,6 +255,14 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16  [default: as the inputs]")
     ] = None,
+    megabytes_per_second: Annotated[
+        float | None,
+        typer.Option(envvar=f"{READING}MEGABYTES_PER_SECOND", help="Read no faster than this."),
+    ] = None,
+    requests_per_second: Annotated[
+        float | None,
+        typer.Option(envvar=f"{READING}REQUESTS_PER_SECOND", help="Start no more reads than this."),
+    ] = None,
 ) -> None:
     """Merge checkpoints, oldest first; configuration and tokenizer are the last one's."""
     pairs = [_pair(item, "input", "CHECKPOINT=WEIGHT") for item in inputs]
@@ -264,6 +274,7 @@ def merge(
         raise ConfigurationError(f"--dtype {dtype!r}: float32, bfloat16 or float16 is expected")
     if abs(sum(weights) - 1) > 1e-6:
         stderr.print(f"note: the weights sum to {sum(weights):g}; they are used as given")
+    _cap_reads(megabytes_per_second, requests_per_second)
     from ckptfuse.merge.once import merge_once
     from flows.progress import merging_bar
 
@@ -274,6 +285,15 @@ def merge(
     size = sum(size for size, _ in contents.values())
     stderr.print(f"{len(contents)} files, {size / 1e6:.1f} MB, fusion {spec.id[:16]}")
     stdout.print(out, markup=False)
+
+
+def _cap_reads(megabytes: float | None, requests: float | None) -> None:
+    for name, value in {"megabytes": megabytes, "requests": requests}.items():
+        if value is not None and not value > 0:
+            raise ConfigurationError(f"--{name}-per-second {value:g}: more than 0 is expected")
+    from ckptfuse.store import throttle
+
+    throttle.configure(throttle.Limits(megabytes, requests))
 
 
 def _pair(text: str, what: str, form: str) -> tuple[str, str]:
