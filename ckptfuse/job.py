@@ -39,13 +39,14 @@ from ckptfuse.protocol import (
     Model,
     Progress,
     Read,
+    Reading,
     Request,
     Scored,
     score_key,
 )
 from ckptfuse.reading import Loaded, load
 from ckptfuse.records import Arrays, DomainScore, Records, ScoreRecord
-from ckptfuse.store import open_store
+from ckptfuse.store import open_store, throttle
 
 _Weights = tuple[Mapping[str, object], Mapping[str, torch.Tensor]]  # configuration, state dict
 
@@ -230,7 +231,14 @@ def _emit(message: Message) -> None:
 
 
 def main(path: str) -> None:
-    run(Request.model_validate_json(Path(path).read_bytes()))
+    request = Request.model_validate_json(Path(path).read_bytes())
+    _keep_to(request.reading)
+    run(request)
+
+
+def _keep_to(reading: Reading) -> None:
+    limits = throttle.Limits(reading.megabytes_per_second, reading.requests_per_second)
+    throttle.configure(limits, own=map(Path, reading.own))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.names import check_pattern
 from ckptfuse.store import is_s3
+from ckptfuse.store.throttle import Limits
 
 PARAMS_FILE = "params.yaml"
 
@@ -130,6 +131,16 @@ class WatchParams(Section):
             raise ValueError(str(error)) from error
 
 
+class ReadingParams(Section):
+    """The most that all reads of the trainer's storage together may take of it."""
+
+    megabytes_per_second: float | None = Field(default=None, gt=0)
+    requests_per_second: float | None = Field(default=None, gt=0)
+
+    def limits(self) -> Limits:
+        return Limits(self.megabytes_per_second, self.requests_per_second)
+
+
 class MlflowParams(Section):
     tracking_uri: str | None = None
     model: str | None = None
@@ -159,6 +170,7 @@ class Params(BaseSettings):
     bucket: str | None = None
     workspace: str = "workspace"
     watch: WatchParams = WatchParams()
+    reading: ReadingParams = ReadingParams()
     mlflow: MlflowParams = MlflowParams()
     ledger: LedgerParams = LedgerParams()
 

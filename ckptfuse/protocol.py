@@ -68,6 +68,14 @@ class BlockSet(Message):
     split: str
 
 
+class Reading(Message):
+    """What the job's reads are held to, as its parent's are (see store/throttle.py)."""
+
+    megabytes_per_second: float | None = None
+    requests_per_second: float | None = None
+    own: tuple[str, ...] = ()  # the service's own folders, which are read without a cap
+
+
 class Request(Message):
     models: tuple[Model, ...]
     blocks: tuple[BlockSet, ...]
@@ -76,6 +84,7 @@ class Request(Message):
     batch_tokens: int
     threads: int | None = None
     trust_remote_code: bool = False
+    reading: Reading = Reading()
 
 
 class Read(Message):

@@ -27,12 +27,13 @@ from ckptfuse.protocol import (
     Model,
     Numerics,
     Read,
+    Reading,
     Request,
     Scored,
     score_key,
 )
 from ckptfuse.records import DomainScore, Records, ScoreRecord
-from ckptfuse.store import open_store, split_uri
+from ckptfuse.store import open_store, split_uri, throttle
 
 _EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
 
@@ -226,6 +227,7 @@ class Scorer:
             batch_tokens=self.params.scoring.batch_tokens,
             threads=self.params.scoring.threads,
             trust_remote_code=self.params.scoring.trust_remote_code,
+            reading=_reading(),
         )
         return run_job(request, progress=progress)
 
@@ -253,6 +255,16 @@ class Scorer:
             return None
         arrays = self.records.arrays(ScoreRecord, key)
         return Losses(record.blocks, tuple(sorted(record.domains)), **arrays)
+
+
+def _reading() -> Reading:
+    """The caps of this process, for a job to keep to while this process waits for it."""
+    limits = throttle.limits()
+    return Reading(
+        megabytes_per_second=limits.megabytes_per_second,
+        requests_per_second=limits.requests_per_second,
+        own=tuple(str(folder) for folder in throttle.own()),
+    )
 
 
 def _estimate(score: DomainScore) -> Estimate:

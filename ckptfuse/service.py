@@ -11,6 +11,7 @@ from ckptfuse.params import Params
 from ckptfuse.records import GateRecord, PlanRecord, Records
 from ckptfuse.rules import get_rule
 from ckptfuse.scoring import Scorer
+from ckptfuse.store import throttle
 from ckptfuse.workspace import Workspace
 
 
@@ -31,8 +32,11 @@ class Service:
 
 
 def open_service(params: Params) -> Service:
+    """The trajectory of these parameters; from here on this process keeps to their ``reading``."""
     get_rule(params.rule.name, params.rule.options)  # a wrong rule is told before any work
-    return Service(params, Workspace(Path(params.workspace)))
+    workspace = Workspace(Path(params.workspace))
+    throttle.configure(params.reading.limits(), own=workspace.read_freely)
+    return Service(params, workspace)
 
 
 def target_loss(service: Service, losses: Losses) -> float:

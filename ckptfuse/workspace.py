@@ -21,6 +21,11 @@ class Workspace:
     root: Path
 
     @property
+    def read_freely(self) -> list[Path]:
+        """What no cap on reading covers. Not all of the root: a demo's bucket lies in it too."""
+        return [self.root / name for name in ("records", "models", "cache")]
+
+    @property
     def records(self) -> Records:
         folder = self.root / "records"
         folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,8 @@ ParamsOption = Annotated[
     Path | None, typer.Option("--params", help="params.yaml to read  [default: ./params.yaml]")
 ]
 DECLINED = 3
+#: Of the environment variables that set the same caps for the service (params.yaml: reading).
+READING = "CKPTFUSE_READING__"
 
 
 def main() -> None:
@@ -269,6 +271,14 @@ def merge(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse inputs whose copied tensors differ.")
     ] = False,
+    megabytes_per_second: Annotated[
+        float | None,
+        typer.Option(envvar=f"{READING}MEGABYTES_PER_SECOND", help="Read no faster than this."),
+    ] = None,
+    requests_per_second: Annotated[
+        float | None,
+        typer.Option(envvar=f"{READING}REQUESTS_PER_SECOND", help="Start no more reads than this."),
+    ] = None,
 ) -> None:
     """Merge checkpoints, oldest first; whatever is not merged is the last one's."""
     pairs = [_pair(item, "input", "CHECKPOINT=WEIGHT") for item in inputs]
@@ -281,6 +291,7 @@ def merge(
     _check_choice("--optimizer", optimizer, ("newest", "average", "none"))
     if abs(sum(weights) - 1) > 1e-6:
         stderr.print(f"note: the weights sum to {sum(weights):g}; they are used as given")
+    _cap_reads(megabytes_per_second, requests_per_second)
     from ckptfuse.fusion import Recipe
     from ckptfuse.merge.once import form_of, merge_once
     from flows.progress import merging_bar
@@ -311,6 +322,15 @@ def _check_choice(option: str, value: str | None, accepted: tuple[str | None, ..
         raise ConfigurationError(
             f"{option} {value!r}: {', '.join(names[:-1])} or {names[-1]} is expected"
         )
+
+
+def _cap_reads(megabytes: float | None, requests: float | None) -> None:
+    for name, value in {"megabytes": megabytes, "requests": requests}.items():
+        if value is not None and not value > 0:
+            raise ConfigurationError(f"--{name}-per-second {value:g}: more than 0 is expected")
+    from ckptfuse.store import throttle
+
+    throttle.configure(throttle.Limits(megabytes, requests))
 
 
 def _pair(text: str, what: str, form: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from ckptfuse.steps.judge import verdict_on
 from ckptfuse.steps.merge import make_fusion
 from ckptfuse.steps.score import score_fusion
 from ckptfuse.steps.weigh import spec_of, weigh
-from ckptfuse.store import remove_folder
+from ckptfuse.store import remove_folder, throttle
 from ckptfuse.window import Window
 from ckptfuse.workspace import Workspace
 from tasks.window_file import WindowFile, read_window_file
@@ -45,6 +45,7 @@ def _bench() -> Iterator[tuple[Service, WindowFile, PlanRecord]]:
     params = load_params()
     window = read_window_file(Path())
     with tempfile.TemporaryDirectory(prefix="ckptfuse-stage-") as folder:
+        throttle.configure(params.reading.limits(), own=[Path(folder), MODEL])
         yield (
             Service(params, Workspace(Path(folder))),
             window,

@@ -26,14 +26,14 @@ class S3Server:
 
     def use(self, monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
         """Point boto3 at this server until the test ends; a change to None unsets a variable."""
-        from ckptfuse import store
+        from ckptfuse.store.s3_client import client
 
         for name, value in {**self.environment, **changes}.items():
             if value is None:
                 monkeypatch.delenv(name, raising=False)
             else:
                 monkeypatch.setenv(name, value)
-        store._client.cache_clear()
+        client.cache_clear()
 
 
 def free_port() -> int:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptfuse import store
 from ckptfuse.digests import content_digest
 from ckptfuse.store import open_store
+from ckptfuse.store.s3_client import client
 from tests.conftest import Project, Trajectory, make_project
 from tests.servers import SECRET, S3Server
 
@@ -26,15 +26,15 @@ def s3(
     """
     server: S3Server = request.getfixturevalue(f"{getattr(request, 'param', 'rclone')}_server")
     server.use(monkeypatch)
-    names = [bucket["Name"] for bucket in store._client().list_buckets()["Buckets"]]
+    names = [bucket["Name"] for bucket in client().list_buckets()["Buckets"]]
     if "training" not in names:
-        store._client().create_bucket(Bucket="training")
+        client().create_bucket(Bucket="training")
         for step in trajectory.steps()[:4]:
             upload(trajectory.bucket / f"checkpoint-{step}", f"s3://training/run/checkpoint-{step}")
         for name, path in trajectory.corpus.items():
             open_store("s3://training/corpus").write(f"{name}.jsonl", path.read_bytes())
     yield server
-    store._client.cache_clear()
+    client.cache_clear()
 
 
 def upload(folder: Path, uri: str) -> None:

@@ -21,14 +21,14 @@ def rclone_s3(rclone_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def _with_bucket(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    from ckptfuse import store
+    from ckptfuse.store.s3_client import client
 
     server.use(monkeypatch)
-    names = [bucket["Name"] for bucket in store._client().list_buckets()["Buckets"]]
+    names = [bucket["Name"] for bucket in client().list_buckets()["Buckets"]]
     if "bucket" not in names:
-        store._client().create_bucket(Bucket="bucket")
+        client().create_bucket(Bucket="bucket")
     yield server
-    store._client.cache_clear()
+    client.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ from ckptfuse.merge import passes
 from ckptfuse.merge.folder import merge_to_stores
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
-from ckptfuse.store import FolderStore, _Descriptor
+from ckptfuse.store import FolderStore
+from ckptfuse.store.folder import _Reader
 from ckptfuse.torch_dtypes import DTYPES
 from tests.helpers import CONFIG, bits, make_older, write_checkpoint
 
@@ -189,14 +190,14 @@ def test_a_pass_reads_each_input_once_whatever_the_number_of_vectors(
     three(tmp_path)
     inputs = opened(tmp_path)
     total = 0
-    read_into = _Descriptor.read_into
+    read_into = _Reader.read_into
 
-    def counted(self: _Descriptor, start: int, view: memoryview) -> None:
+    def counted(self: _Reader, start: int, view: memoryview) -> None:
         nonlocal total
         total += len(view)
         read_into(self, start, view)
 
-    monkeypatch.setattr(_Descriptor, "read_into", counted)
+    monkeypatch.setattr(_Reader, "read_into", counted)
     gather(tmp_path, inputs, [WEIGHTS, (0.5, 0.25, 0.25), (0.2, 0.2, 0.6)])
     assert total == 3 * sum(tensor.length for tensor in inputs.ancillary.tensors.values())
 

@@ -1,0 +1,184 @@
+"""A folder of a local or mounted file system."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from ckptfuse.errors import MissingFile, StoreError
+from ckptfuse.store.protocol import Entry, PartWriter, Reader, Writer, short_read
+from ckptfuse.store.throttle import FREE, Throttle
+
+TEMPORARY_PREFIX = ".ckptfuse-tmp-"
+_SYNC_BYTES = 64 * 1024 * 1024
+
+
+class FolderStore:
+    """Files under a folder; reads wait for ``throttle``, for each call and each folder listed."""
+
+    request_size = 512 * 1024  # small enough to be still in the cache when it is used
+    is_remote = False
+
+    def __init__(self, root: Path, throttle: Throttle = FREE) -> None:
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100 - links stay as they are named
+        self.uri = str(self.root)
+        self._throttle = throttle
+
+    def path(self, path: str) -> Path:
+        parts = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise StoreError(f"{path!r} points outside of {self.uri}")
+        return self.root / parts
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        if not self.root.is_dir():
+            raise StoreError(f"{self.uri}: no such folder; create it or correct the path")
+        folder = prefix.rpartition("/")[0]
+        entries = []
+        for parent, _, names in os.walk(self.root / folder):
+            self._throttle.wait(0)
+            for name in names:
+                if name.startswith(TEMPORARY_PREFIX):
+                    continue
+                full = Path(parent, name)
+                path = full.relative_to(self.root).as_posix()
+                if path.startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                        entries.append(self._entry(path, full))
+        return sorted(entries, key=lambda entry: entry.path)
+
+    def _entry(self, path: str, full: Path) -> Entry:
+        info = full.stat()
+        return Entry(path, info.st_size, str(info.st_mtime_ns), info.st_mtime)
+
+    def stat(self, path: str) -> Entry:
+        self._throttle.wait(0)
+        with self._missing(path):
+            return self._entry(path, self.path(path))
+
+    def read(self, path: str) -> bytes:
+        self._throttle.wait(0)
+        with self._missing(path):
+            data = self.path(path).read_bytes()
+        self._throttle.spent(len(data))
+        return data
+
+    def read_range(self, path: str, start: int, length: int) -> bytes | bytearray:
+        data = bytearray(length)
+        with self.reader(path) as reader:
+            reader.read_into(start, memoryview(data))
+        return data
+
+    @contextmanager
+    def reader(self, path: str) -> Iterator[Reader]:
+        with self._missing(path):
+            descriptor = os.open(self.path(path), os.O_RDONLY)
+        try:
+            yield _Reader(descriptor, self.uri, path, self._throttle)
+        finally:
+            os.close(descriptor)
+
+    def write(self, path: str, data: bytes) -> None:
+        with self.writer(path) as out:
+            out.write(data)
+
+    @contextmanager
+    def writer(self, path: str) -> Iterator[Writer]:
+        with self._new_file(path) as descriptor, open(descriptor, "wb", closefd=False) as out:
+            yield out
+
+    @contextmanager
+    def part_writer(self, path: str, size: int, part_size: int) -> Iterator[PartWriter]:
+        with self._new_file(path) as descriptor, ThreadPoolExecutor(1) as syncing:
+            out = _SyncedWhileWritten(descriptor, syncing)
+            yield out
+            out.finish()
+
+    @contextmanager
+    def _new_file(self, path: str) -> Iterator[int]:
+        """A temporary file's descriptor; synced and renamed when the context ends well."""
+        target = self.path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                yield descriptor
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.replace(target)
+        except OSError as error:
+            raise StoreError(f"cannot write {target}: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, path: str) -> None:
+        self.path(path).unlink(missing_ok=True)
+
+    def child(self, name: str) -> "FolderStore":
+        return FolderStore(self.path(name), self._throttle)
+
+    @contextmanager
+    def _missing(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise MissingFile(f"{self.uri}/{path}: no such file") from error
+        except IsADirectoryError as error:
+            raise StoreError(f"{self.uri}/{path} is a folder; a file was expected") from error
+        except PermissionError as error:
+            raise StoreError(f"{self.uri}/{path}: permission denied") from error
+
+
+class _Reader:
+    """An open file, read at any offset."""
+
+    def __init__(self, descriptor: int, uri: str, path: str, throttle: Throttle) -> None:
+        self._descriptor = descriptor
+        self._where = (uri, path)
+        self._throttle = throttle
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        self._throttle.wait(len(view))
+        done = 0
+        while done < len(view):  # one read returns at most 2 GiB
+            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            if count == 0:
+                raise StoreError(short_read(*self._where, start, len(view), done))
+            done += count
+
+
+class _SyncedWhileWritten:
+    """A new file that is synced while it is written, so that little is left at the end."""
+
+    def __init__(self, descriptor: int, syncing: ThreadPoolExecutor) -> None:
+        self._descriptor = descriptor
+        self._syncing = syncing
+        self._last: Future[None] | None = None
+        self._unsynced = 0
+
+    def write_at(self, start: int, data: memoryview) -> None:
+        self._unsynced += len(data)  # an update lost between threads only delays a sync
+        while len(data):
+            count = os.pwrite(self._descriptor, data, start)
+            start, data = start + count, data[count:]
+        if self._unsynced >= _SYNC_BYTES and (self._last is None or self._last.done()):
+            self.finish()
+            self._unsynced = 0
+            self._last = self._syncing.submit(os.fdatasync, self._descriptor)
+
+    def finish(self) -> None:
+        """Raise what the last sync met: the kernel tells of a failed write only once."""
+        if self._last is not None:
+            self._last.result()
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a local folder if it is there; read-only files inside do not stop it."""
+    if path.is_dir():
+        shutil.rmtree(path)
