@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.conversion import convert
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
 from ckptfuse.fusion import Recipe
 from ckptfuse.losses import Losses, bits_per_byte
@@ -94,6 +95,8 @@ def _score_model(index: int, model: Model, request: Request, records: Records) -
     predicted = 0
     if todo:
         config, state_dict = read()
+        if request.model is not None:
+            config, state_dict = convert(request.converter, request.model, state_dict, where)
         network = build_model(
             config,
             state_dict,

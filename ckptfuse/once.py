@@ -8,6 +8,7 @@ from pathlib import Path
 from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import block_digest, load_tokenizer
 from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.conversion import model_config
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.layouts import read_layout
@@ -41,6 +42,8 @@ def score_once(
     block_length: int | None = None,
     bos: str = "document",
     device: str = "auto",
+    converter: str | None = None,
+    model: str | None = None,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> HandScore:
     """Score one checkpoint on JSONL files, all of their text unless ``split`` is given.
@@ -48,16 +51,25 @@ def score_once(
     ``block_length`` defaults to 1,024 tokens, or the model's longest context if that is shorter.
     """
     layout = read_layout(open_checkpoint(checkpoint))
-    longest = layout.config.get("max_position_embeddings")
+    config = model_config(model) if model else layout.config
+    longest = config.get("max_position_embeddings")
     length = block_length or DEFAULT_BLOCK_LENGTH
     if block_length is None and isinstance(longest, int):
         length = min(length, longest)
-    params = ScoringParams.model_validate({"block_length": length, "bos": bos, "device": device})
+    params = ScoringParams.model_validate(
+        {
+            "block_length": length,
+            "bos": bos,
+            "device": device,
+            "converter": converter,
+            "model": model,
+        }
+    )
     domains = {name: Domain(path=uri) for name, uri in corpora.items()}
     corpus_params = CorpusParams(domains=domains)
     corpus = read_corpus(corpus_params)
     documents = documents_of(corpus, split, corpus_params) if split else corpus.domains
-    source = load_tokenizer(open_store(tokenizer or checkpoint))
+    source = load_tokenizer(open_store(tokenizer or model or checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         name = _digest(corpus, source.digest, split, params)
         built = blocks_module.build(
@@ -71,6 +83,8 @@ def score_once(
             numerics=numerics(params),
             records=records.store.uri,
             batch_tokens=params.batch_tokens,
+            converter=converter,
+            model=model,
         )
         (answer,) = run_job(request, progress=progress)
         if answer.failed is not None or answer.fingerprint is None:

@@ -81,6 +81,8 @@ class ScoringParams(Section):
     batch_tokens: int = Field(default=8_192, gt=0)
     threads: int | None = Field(default=None, gt=0)
     trust_remote_code: bool = False
+    converter: str | None = None
+    model: str | None = None
 
 
 class WindowParams(Section):
@@ -156,7 +158,7 @@ class Params(BaseSettings):
     )
     SCIENTIFIC: ClassVar = ("trajectory", "corpus", "scoring", "window", "rule", "fuse", "gate")
     #: How the arithmetic is carried out, but not what comes out of it.
-    HOST_ONLY: ClassVar = {"scoring": {"threads"}}
+    HOST_ONLY: ClassVar = {"scoring": {"threads", "model"}}
 
     trajectory: str = "trajectory"
     corpus: CorpusParams = CorpusParams()
@@ -252,6 +254,7 @@ def _anchor(params: Params, folder: Path) -> Params:
     return params.model_copy(
         update={
             "corpus": params.corpus.model_copy(update=corpus),
+            "scoring": params.scoring.model_copy(update={"model": absolute(params.scoring.model)}),
             "bucket": absolute(params.bucket),
             "workspace": absolute(params.workspace),
         }

@@ -25,6 +25,7 @@ class Numerics(Message):
     dtype: Literal["float32", "bfloat16"]
     attention: str
     device_class: Literal["cpu", "cuda"]
+    converter: str | None = None  # see conversion.identity
     protocol: int = PROTOCOL
 
     @property
@@ -84,6 +85,8 @@ class Request(Message):
     batch_tokens: int
     threads: int | None = None
     trust_remote_code: bool = False
+    converter: str | None = None  # package.module:function, see conversion.py
+    model: str | None = None  # folder with the config.json of what the converter makes
     reading: Reading = Reading()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from ckptfuse import blocks as blocks_module
+from ckptfuse import conversion
 from ckptfuse.blocks import block_digest, load_tokenizer, tokenizer_files_digest
 from ckptfuse.corpus import SPLITS, Corpus, Split, documents_of, read_corpus
 from ckptfuse.digests import digest
@@ -43,7 +44,12 @@ def numerics(params: ScoringParams) -> Numerics:
     device = params.device if params.device != "auto" else _device()
     dtype = params.dtype if params.dtype != "auto" else _default_dtype(device)
     return Numerics.model_validate(
-        {"dtype": dtype, "attention": params.attention, "device_class": device}
+        {
+            "dtype": dtype,
+            "attention": params.attention,
+            "device_class": device,
+            "converter": conversion.identity(params.converter, params.model),
+        }
     )
 
 
@@ -152,7 +158,7 @@ class Scorer:
 
     def tokenizer(self, checkpoint_uri: str) -> TokenizerSource:
         """The tokenizer that scores this checkpoint; raises CorpusError without one."""
-        uri = self.params.corpus.tokenizer or checkpoint_uri
+        uri = self.params.corpus.tokenizer or self.params.scoring.model or checkpoint_uri
         found = tokenizer_files_digest(open_store(uri))
         if found is None:
             raise CorpusError(
@@ -227,6 +233,8 @@ class Scorer:
             batch_tokens=self.params.scoring.batch_tokens,
             threads=self.params.scoring.threads,
             trust_remote_code=self.params.scoring.trust_remote_code,
+            converter=self.params.scoring.converter,
+            model=self.params.scoring.model,
             reading=_reading(),
         )
         return run_job(request, progress=progress)

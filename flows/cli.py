@@ -221,6 +221,13 @@ def score(
         "document"
     ),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    converter: Annotated[
+        str | None, typer.Option(help="package.module:function, for a trainer's own layout.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder with config.json and tokenizer, where the checkpoint has none."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score one checkpoint on text files: loss, perplexity, bits per byte."""
@@ -240,6 +247,8 @@ def score(
             block_length=block_length,
             bos=bos,
             device=device,
+            converter=converter,
+            model=model,
             progress=progress,
         )
     print_score(result, checkpoint, stdout=stdout, stderr=stderr, as_json=as_json)

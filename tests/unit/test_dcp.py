@@ -24,9 +24,11 @@ from ckptfuse.errors import (
 )
 from ckptfuse.fusion import Recipe
 from ckptfuse.layouts import read_layout, read_training_state
+from ckptfuse.listing import Conventions, find
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.merge.once import form_of, merge_once
+from ckptfuse.reading import load
 from ckptfuse.store import FolderStore
 from tests.distributed import launch
 from tests.helpers import bits, make_older
@@ -301,3 +303,30 @@ def test_merging_needs_no_torch(trained: dict[str, list[Path]], tmp_path: Path) 
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_a_bucket_of_distributed_checkpoints_is_listed_and_loaded(
+    trained: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """As OLMo-core lays them out: in a folder of the checkpoint's, with the trainer's beside it."""
+    for number, source in enumerate(trained["adamw"]):
+        folder = tmp_path / "bucket" / f"step{1000 * (number + 1)}"
+        shutil.copytree(source, folder / "model_and_optim")
+        (folder / "train").mkdir()
+        (folder / "train" / "rank0.pt").write_bytes(b"whatever a trainer keeps")
+    (tmp_path / "bucket" / "step3000" / "model_and_optim").mkdir(parents=True)
+    (tmp_path / "bucket" / "step3000" / "model_and_optim" / "__0_0.distcp").write_bytes(b"x")
+    listing = find(FolderStore(tmp_path / "bucket"), Conventions(settle_seconds=0))
+    assert [checkpoint.step for checkpoint in listing.complete] == [1000, 2000]
+    assert [refused.checkpoint.step for refused in listing.incomplete] == [3000]
+    assert len(set(listing.architectures.values())) == 1
+    model = load(listing.complete[1])
+    state = loaded(trained["adamw"][1])
+    assert bits(model.state_dict["1.weight"]) == bits(state["model.1.weight"])
+    out = tmp_path / "out"
+    uris = [checkpoint.uri for checkpoint in listing.complete]
+    merge_once(str(out), uris, WEIGHTS, recipe=Recipe(form=form_of(uris[0])))
+    assert (out / "train" / "rank0.pt").read_bytes() == b"whatever a trainer keeps"
+    assert bits(loaded(out / "model_and_optim")["model.1.weight"]) == bits(
+        expected(trained["adamw"], "model.1.weight")
+    )

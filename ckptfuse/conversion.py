@@ -1,0 +1,85 @@
+"""Checkpoints of a trainer's own layout as Hugging Face models, to be scored.
+
+A converter is a function of the team's own::
+
+    def to_hf(tensors: dict[str, torch.Tensor], config: Mapping) -> dict[str, torch.Tensor]
+
+It is given the model's tensors under the checkpoint's names, and the configuration of a Hugging
+Face folder (``scoring.model``); it answers with the tensors of that model. Renaming, splitting
+fused tensors and unstacking layers are linear, so a merge of checkpoints, converted, is the merge
+of converted checkpoints: what is merged and resumed from stays in the trainer's layout.
+``examples/torchtitan_llama.py`` is one.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ckptfuse.checkpoints import CONFIG
+from ckptfuse.digests import content_digest
+from ckptfuse.errors import ConfigurationError, DamagedCheckpoint
+from ckptfuse.store import open_store
+
+if TYPE_CHECKING:
+    import torch
+
+Converter = Callable[[dict[str, "torch.Tensor"], Mapping[str, object]], dict[str, "torch.Tensor"]]
+
+
+def load_converter(name: str) -> Converter:
+    """The function that ``package.module:function`` names, from what Python can import."""
+    module, colon, function = name.partition(":")
+    if not (module and colon and function):
+        raise ConfigurationError(f"converter {name!r}: package.module:function is expected")
+    try:
+        found: Any = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(
+            f"converter {name!r}: {error}; is its folder on PYTHONPATH?"
+        ) from error
+    if not callable(found):
+        raise ConfigurationError(f"converter {name!r} is no function")
+    return found  # type: ignore[no-any-return]
+
+
+def model_config(folder: str) -> Mapping[str, object]:
+    """The configuration of the Hugging Face folder that a converter's tensors belong to."""
+    config = json.loads(open_store(folder).read(CONFIG))
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"{folder}/{CONFIG}: not a JSON object")
+    return config
+
+
+def identity(converter: str | None, folder: str | None) -> str | None:
+    """What scores depend on: the converter's name and the configuration's content."""
+    if folder is None:
+        if converter is not None:
+            raise ConfigurationError(
+                "scoring.converter needs scoring.model, a folder with the config.json (and "
+                "tokenizer) of the Hugging Face model that it makes"
+            )
+        return None
+    return f"{converter or ''}@{content_digest(open_store(folder).read(CONFIG))}"
+
+
+def convert(
+    converter: str | None,
+    folder: str,
+    tensors: Mapping[str, "torch.Tensor"],
+    where: str,
+) -> tuple[Mapping[str, object], Mapping[str, "torch.Tensor"]]:
+    """The configuration and tensors of the Hugging Face model.
+
+    Raises DamagedCheckpoint naming ``where`` when the converter does not know the tensors.
+    """
+    config = model_config(folder)
+    if converter is None:
+        return config, tensors
+    function = load_converter(converter)
+    try:
+        return config, function(dict(tensors), config)
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise DamagedCheckpoint(
+            f"{where}: converter {converter!r} cannot convert it: {error!r}"
+        ) from error

@@ -1,0 +1,114 @@
+"""A trainer's own layout scored through the worked example, against the same model in our own."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from ckptfuse.conversion import convert, identity, load_converter
+from ckptfuse.errors import CkptfuseError, ConfigurationError, DamagedCheckpoint
+from ckptfuse.fusion import Recipe
+from ckptfuse.merge.once import merge_once
+from ckptfuse.once import HandScore, score_once
+from examples.torchtitan_llama import _LAYER, _TOP
+from tests.unit.test_blocks import write_tokenizer
+
+EXAMPLE = "examples.torchtitan_llama:to_hf"
+
+
+def pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of the example's reordering: halves of each head to neighbours."""
+    rows, columns = weight.shape
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def as_torchtitan(source: Path, folder: Path) -> None:
+    """The model in torchtitan's names and order, saved as a distributed checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(source)
+    config = model.config
+    ours = {theirs: name for name, theirs in _TOP.items()}
+    layer = {theirs: name for name, theirs in _LAYER.items()}
+    state = {}
+    for name, values in model.state_dict().items():
+        if name in ours:
+            state[ours[name]] = values.clone()
+            continue
+        _, _, number, rest = name.split(".", 3)
+        if rest == "self_attn.q_proj.weight":
+            values = pairs(values, config.num_attention_heads)
+        elif rest == "self_attn.k_proj.weight":
+            values = pairs(values, config.num_key_value_heads)
+        state[f"layers.{number}.{layer[rest]}"] = values.clone()
+    dcp.save({**state, "optimizer": {"state.exp_avg": torch.ones(3)}}, checkpoint_id=folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two checkpoints of a tiny Llama with untied embeddings, each with a tokenizer."""
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        path = tmp_path_factory.mktemp("models") / f"checkpoint-{seed}"
+        LlamaForCausalLM(config).save_pretrained(path)
+        write_tokenizer(path, bos_token="<s>")
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> dict[str, str]:
+    lines = [json.dumps({"text": f"the {word} of words"}) for word in "abcdefgh"]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    return {"text": str(tmp_path / "text.jsonl")}
+
+
+def loss(score: HandScore) -> float:
+    return score.domains["text"].loss
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_native_checkpoint_and_a_native_merge_score_as_their_hugging_face_forms(
+    models: list[Path], tmp_path: Path, text: dict[str, str]
+) -> None:
+    natives = [tmp_path / f"step-{number}" for number in (1, 2)]
+    for source, native in zip(models, natives, strict=True):
+        as_torchtitan(source, native)
+    options = {"converter": EXAMPLE, "model": str(models[0])}
+    direct = score_once(str(models[0]), text)
+    through = score_once(str(natives[0]), text, **options)  # type: ignore[arg-type]
+    assert math.isclose(loss(through), loss(direct), rel_tol=1e-6)
+
+    merge_once(str(tmp_path / "hf-merge"), [str(path) for path in models], (0.5, 0.5))
+    out = str(tmp_path / "native-merge")
+    merge_once(out, [str(path) for path in natives], (0.5, 0.5), recipe=Recipe(form="dcp"))
+    direct = score_once(str(tmp_path / "hf-merge"), text)
+    through = score_once(out, text, **options)  # type: ignore[arg-type]
+    assert math.isclose(loss(through), loss(direct), rel_tol=1e-6)
+
+
+def test_without_a_converter_a_native_layout_is_refused(
+    models: list[Path], tmp_path: Path, text: dict[str, str]
+) -> None:
+    as_torchtitan(models[0], tmp_path / "step-1")
+    with pytest.raises(CkptfuseError, match="do not fit"):
+        score_once(str(tmp_path / "step-1"), text, model=str(models[0]))
+
+
+def test_a_converter_must_be_there_and_know_the_tensors(models: list[Path]) -> None:
+    for name in ("nothing", "no.such.module:f", "json:no_such_function", "json:__name__"):
+        with pytest.raises(ConfigurationError, match="converter"):
+            load_converter(name)
+    with pytest.raises(ConfigurationError, match=r"scoring\.model"):
+        identity(EXAMPLE, None)
+    strange = {"layers.0.attention.wz.weight": torch.ones(2, 2)}
+    with pytest.raises(DamagedCheckpoint, match=r"here.*wz"):
+        convert(EXAMPLE, str(models[0]), strange, "here")
