@@ -113,6 +113,17 @@ def read_training_state(checkpoint: Checkpoint) -> Layout:
     return Layout(checkpoint, "dcp", tensors, _read_config(store), entries=entries)
 
 
+def optimizer_beside(checkpoint: Checkpoint) -> dcp.Entries:
+    """What Accelerate's second distributed checkpoint, the optimizer's, holds; often nothing."""
+    sizes = {entry.path: entry.size for entry in checkpoint.files}
+    model = distributed_metadata(sizes)
+    entries: dict[str, dcp.Entry] = {}
+    for path in sizes:
+        if path != model and path.rpartition("/")[2] == dcp.METADATA:
+            entries |= dcp.read_metadata(checkpoint.store(), path, sizes)
+    return entries
+
+
 def _read_entries(checkpoint: Checkpoint, metadata: str) -> dcp.Entries:
     sizes = {entry.path: entry.size for entry in checkpoint.files}
     entries = dcp.read_metadata(checkpoint.store(), metadata, sizes)

@@ -16,6 +16,7 @@ from ckptfuse.layouts import (
     is_optimizer,
     matches,
     model_names,
+    optimizer_beside,
     read_layout,
     read_training_state,
 )
@@ -134,6 +135,14 @@ def _check_optimizer(reference: Layout, recipe: Recipe) -> None:
         raise ConfigurationError(
             f"{reference.checkpoint.uri}: no optimizer moments are found to average"
         )
+    beside = optimizer_beside(reference.checkpoint)
+    for entry in beside.values():
+        if matches(entry.name, MASTERS):
+            raise MismatchedCheckpoints(
+                f"{reference.checkpoint.uri}: {entry.name!r}, in a distributed checkpoint of the "
+                "optimizer's own, holds weights that would be copied and, after a resume, undo the "
+                "merge; leave the optimizer out with --optimizer none"
+            )
     known = (*MASTERS, *recipe.masters, *MOMENTS, *COPIED, *recipe.copied)
     for entry in reference.entries.values():
         is_weight_like = entry.dtype in DTYPES and len(entry.shape) > 0 and is_optimizer(entry)

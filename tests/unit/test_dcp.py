@@ -330,3 +330,26 @@ def test_a_bucket_of_distributed_checkpoints_is_listed_and_loaded(
     assert bits(loaded(out / "model_and_optim")["model.1.weight"]) == bits(
         expected(trained["adamw"], "model.1.weight")
     )
+
+
+def test_an_optimizer_beside_the_model_is_copied_unless_it_holds_weights(
+    trained: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    """As Accelerate lays them out: each in a folder with a .metadata of its own."""
+    for kind in ("adamw", "masters"):
+        for source in trained[kind]:
+            folder = tmp_path / kind / source.name
+            shutil.copytree(trained["adamw"][0].with_name(source.name), folder / "pytorch_model")
+            shutil.copytree(source, folder / "optimizer_0")
+    uris = {k: [str(tmp_path / k / p.name) for p in trained[k]] for k in ("adamw", "masters")}
+    copied = tmp_path / "out"
+    merge_once(str(copied), uris["adamw"], WEIGHTS, recipe=Recipe(form="dcp"))
+    assert (copied / "optimizer_0" / ".metadata").exists()
+    assert (copied / "optimizer_0" / "__0_0.distcp").read_bytes() == (
+        trained["adamw"][-1] / "__0_0.distcp"
+    ).read_bytes()
+    with pytest.raises(MismatchedCheckpoints, match=r"master_param.*--optimizer none"):
+        merge_once(str(tmp_path / "no"), uris["masters"], WEIGHTS, recipe=Recipe(form="dcp"))
+    without = Recipe(form="dcp", optimizer="none")
+    merge_once(str(tmp_path / "without"), uris["masters"], WEIGHTS, recipe=without)
+    assert not (tmp_path / "without" / "optimizer_0").exists()
