@@ -39,7 +39,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 test-faults: $(READY) ## the tests that kill the service again and again
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -n 2 --dist load -m faults
 
 # mergekit needs other versions than ours of some packages: an environment of its own.
 bench-merge: $(READY) $(VENV)/mergekit/.ready ## the merge against mergekit and the machine (30 min, 20 GB)

@@ -16,15 +16,16 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
     return checkpoints.fingerprint(contents_of(checkpoint))
 
 
-def contents_of(checkpoint: Checkpoint) -> Contents:
-    """Read every file once, for its hash alone; a few leaves are in memory at a time.
+def contents_of(checkpoint: Checkpoint, known: Contents | None = None) -> Contents:
+    """Read every file once that is not ``known``, for its hash alone, a few leaves at a time.
 
     Raises ChangedCheckpoint when a file was written again meanwhile.
     """
     store = checkpoint.store()
     with ThreadPoolExecutor(READ_THREADS) as pool:
         contents = {
-            entry.path: (entry.size, _content(store, entry, pool)) for entry in checkpoint.files
+            entry.path: (known or {}).get(entry.path) or (entry.size, _content(store, entry, pool))
+            for entry in checkpoint.files
         }
     check_unchanged(checkpoint)
     return contents

@@ -8,15 +8,18 @@ to their places, and what makes a model of them (config.json, or a distributed c
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG, INDEX, METADATA, Contents
+from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG, INDEX, METADATA, Contents, fingerprint
 from ckptfuse.digests import LEAF_SIZE, content_digest, leaf_digest, tree_digest
 from ckptfuse.errors import ConfigurationError, MissingFile, StoreError
+from ckptfuse.fingerprints import contents_of
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.layouts import is_optimizer
+from ckptfuse.merge.hashing import InputHashes
 from ckptfuse.merge.inputs import Inputs
 from ckptfuse.merge.output_files import output_files, weight_index
 from ckptfuse.merge.passes import Pass, Progress, ignore
@@ -34,22 +37,24 @@ def merge_to_stores(
     *,
     only: Collection[str] | None = None,
     finished: Callable[[str, list[Contents]], None] = lambda *_: None,
+    hashes: InputHashes | None = None,
 ) -> list[Contents]:
     """Write the weight files of one merge per vector into its store, all in one pass.
 
     ``only`` names the files to write; each is independent of the others. ``finished`` is told of
-    each when it is there. Returns each output's files: path -> (size, content hash).
+    each when it is there; ``hashes`` takes those of the inputs. Returns each output's files:
+    path -> (size, content hash).
     """
     contents: list[Contents] = [{} for _ in vectors]
-    with Pass(inputs, vectors, only=only) as merging:
+    with Pass(inputs, vectors, only=only, hashes=hashes) as merging:
         for file in merging.files:
             with ExitStack() as stack:
                 outputs = [
                     stack.enter_context(store.part_writer(file.name, file.size, LEAF_SIZE))
                     for store in stores
                 ]
-                hashes = merging.merge_file(file, outputs, progress)
-            for files, content in zip(contents, hashes, strict=True):
+                written = merging.merge_file(file, outputs, progress)
+            for files, content in zip(contents, written, strict=True):
                 files[file.name] = (file.size, content)
             finished(file.name, contents)
     return contents
@@ -66,7 +71,8 @@ def merge_shard(
     if not 0 <= shard < count:
         raise ConfigurationError(f"shard {shard} of {count}: 0 to {count - 1} are expected")
     names = [file.name for file in output_files(inputs)][shard::count]
-    return _merge_missing(inputs, spec, _unfinished(target, spec), ignore, only=names)
+    work = _Work(inputs, spec.weights, spec.id, target)
+    return work.merge_missing(ignore, only=names)
 
 
 def write_fusion(
@@ -80,33 +86,120 @@ def write_fusion(
     In a folder store it appears by one rename; on S3 config.json (or .metadata) comes last,
     without which no reader takes the prefix for a model. Returns path -> (size, content hash).
     """
-    place = _unfinished(target, spec)
-    try:
-        contents = _merge_missing(inputs, spec, place, progress)
-        contents |= _write_rest(inputs, spec, place)
+    work = _Work(inputs, spec.weights, spec.id, target)
+    with work.kept_or_removed():
+        contents = work.merge_missing(progress)
+        return contents | work.complete(spec)
+
+
+def write_and_identify(
+    inputs: Inputs,
+    weights: Sequence[float],
+    key: str,
+    target: Store,
+    progress: Progress = ignore,
+) -> tuple[FusionSpec, Contents]:
+    """The same where no fingerprints are known: the inputs are hashed as they are merged.
+
+    ``key`` names the unfinished merge, so that it can be taken up again.
+    """
+    work = _Work(inputs, weights, key, target)
+    with work.kept_or_removed():
+        hashes = InputHashes(inputs.layouts)
+        contents = work.merge_missing(progress, hashes=hashes)
+        spec = _identify(inputs, weights, hashes)
+        return spec, contents | work.complete(spec)
+
+
+def _identify(inputs: Inputs, weights: Sequence[float], hashes: InputHashes) -> FusionSpec:
+    """Fingerprints from what the pass hashed, and a read of the files that it did not."""
+    prints: dict[str, str] = {}
+    for layout, known in zip(inputs.layouts, hashes.contents, strict=True):
+        checkpoint = layout.checkpoint
+        prints[checkpoint.uri] = fingerprint(contents_of(checkpoint, known))
+    ancillary = inputs.ancillary.checkpoint
+    if ancillary.uri not in prints:
+        prints[ancillary.uri] = fingerprint(contents_of(ancillary))
+    fingerprints = tuple(prints[layout.checkpoint.uri] for layout in inputs.layouts)
+    return FusionSpec(fingerprints, tuple(weights), prints[ancillary.uri], inputs.recipe)
+
+
+def unfinished_folder(target: Path, key: str) -> Path:
+    """Where a folder's files are while it is not whole."""
+    return target.with_name(f".{target.name}-{key[:16]}")
+
+
+def is_unfinished(place: Store, key: str) -> bool:
+    """Whether what is there are files of an earlier try at the same merge."""
+    return bool(_done(place, key))
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A merge on its way into ``target``; ``key`` says which it is."""
+
+    inputs: Inputs
+    weights: Sequence[float]
+    key: str
+    target: Store
+
+    @property
+    def place(self) -> Store:
+        """Where its files are until it is whole."""
+        if isinstance(self.target, FolderStore):
+            return FolderStore(unfinished_folder(self.target.root, self.key))
+        return self.target
+
+    def merge_missing(
+        self,
+        progress: Progress,
+        *,
+        only: Collection[str] | None = None,
+        hashes: InputHashes | None = None,
+    ) -> Contents:
+        """The weight files that no earlier try has finished; all of them, one pass."""
+        place = self.place
+        names = [f.name for f in output_files(self.inputs) if only is None or f.name in only]
+        done = _done(place, self.key)
+        missing = [name for name in names if name not in done]
+
+        def note(name: str, contents: list[Contents]) -> None:
+            journal = {"merge": self.key, "file": name, "is": contents[0][name]}
+            place.write(f"{JOURNAL}.{name.replace('/', '.')}", json.dumps(journal).encode())
+
+        if missing:
+            (made,) = merge_to_stores(
+                self.inputs, [self.weights], [place], progress,
+                only=missing, finished=note, hashes=hashes,
+            )  # fmt: skip
+            done |= made
+        return {name: done[name] for name in names}
+
+    def complete(self, spec: FusionSpec) -> Contents:
+        """What else belongs to the folder; then it appears."""
+        place = self.place
+        contents = _write_rest(self.inputs, spec, place)
         for path in _journals(place):
             place.delete(path)
-        if isinstance(target, FolderStore):
-            assert isinstance(place, FolderStore)
-            _rename(place.root, target.root)
-    except StoreError:
-        raise  # what is done stays for the next try
-    except Exception:
-        if isinstance(place, FolderStore):
-            remove_folder(place.root)
-        raise
-    return contents
+        if isinstance(self.target, FolderStore) and isinstance(place, FolderStore):
+            _rename(place.root, self.target.root)
+        return contents
 
-
-def unfinished_folder(target: Path, fusion: str) -> Path:
-    """Where a folder's files are while it is not whole."""
-    return target.with_name(f".{target.name}-{fusion[:16]}")
-
-
-def _unfinished(target: Store, spec: FusionSpec) -> Store:
-    if isinstance(target, FolderStore):
-        return FolderStore(unfinished_folder(target.root, spec.id))
-    return target
+    @contextmanager
+    def kept_or_removed(self) -> Iterator[None]:
+        """What is done stays for the next try when a store failed; on another error it goes."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception:
+            place = self.place
+            if isinstance(place, FolderStore):
+                remove_folder(place.root)
+            else:
+                for path in [*_done(place, self.key), *_journals(place)]:
+                    place.delete(path)
+            raise
 
 
 def _rename(temporary: Path, target: Path) -> None:
@@ -116,41 +209,11 @@ def _rename(temporary: Path, target: Path) -> None:
         raise ConfigurationError(f"{target} is there already; choose another place") from error
 
 
-def _merge_missing(
-    inputs: Inputs,
-    spec: FusionSpec,
-    place: Store,
-    progress: Progress,
-    *,
-    only: Collection[str] | None = None,
-) -> Contents:
-    """The weight files that no earlier try has finished; all of them, one pass."""
-    names = [file.name for file in output_files(inputs) if only is None or file.name in only]
-    done = _done(place, spec)
-    missing = [name for name in names if name not in done]
-
-    def note(name: str, contents: list[Contents]) -> None:
-        journal = {"fusion": spec.id, "file": name, "is": contents[0][name]}
-        place.write(f"{JOURNAL}.{name.replace('/', '.')}", json.dumps(journal).encode())
-
-    if missing:
-        (made,) = merge_to_stores(
-            inputs, [spec.weights], [place], progress, only=missing, finished=note
-        )
-        done |= made
-    return {name: done[name] for name in names}
-
-
 def _journals(place: Store) -> list[str]:
     return [entry.path for entry in place.list() if entry.path.startswith(JOURNAL)]
 
 
-def is_unfinished(place: Store, spec: FusionSpec) -> bool:
-    """Whether what is there are files of an earlier try at the same fusion."""
-    return bool(_done(place, spec))
-
-
-def _done(place: Store, spec: FusionSpec) -> Contents:
+def _done(place: Store, key: str) -> Contents:
     """Files that an earlier try finished: in the journal, and there at their size."""
     done: Contents = {}
     if isinstance(place, FolderStore) and not place.root.is_dir():
@@ -162,7 +225,7 @@ def _done(place: Store, spec: FusionSpec) -> Contents:
         except MissingFile:
             continue
         size, content = about["is"]
-        if about["fusion"] == spec.id and present.size == size:
+        if about["merge"] == key and present.size == size:
             done[about["file"]] = (size, content)
     return done
 

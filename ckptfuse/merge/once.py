@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ckptfuse.checkpoints import Contents, distributed_metadata, open_checkpoint
+from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
-from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec, Recipe, check_weights
-from ckptfuse.merge.folder import is_unfinished, write_fusion
+from ckptfuse.merge.folder import is_unfinished, write_and_identify
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.passes import Progress, ignore
 from ckptfuse.store import FolderStore, Store, open_store
@@ -31,17 +31,12 @@ def merge_once(
     recipe = recipe or Recipe()
     inputs = open_inputs(used, opened[-1], recipe)
     target = open_store(out)
-    distinct = {checkpoint.uri: checkpoint for checkpoint in [*used, opened[-1]]}
-    prints = {uri: fingerprint_of(checkpoint) for uri, checkpoint in distinct.items()}
-    spec = FusionSpec(
-        fingerprints=tuple(prints[checkpoint.uri] for checkpoint in used),
-        weights=tuple(weight for weight in chosen if weight),
-        ancillary=prints[opened[-1].uri],
-        recipe=recipe,
-    )
-    if _is_taken(target) and not is_unfinished(target, spec):
+    used_weights = [weight for weight in chosen if weight]
+    signatures = [checkpoint.signature for checkpoint in [*used, opened[-1]]]
+    key = digest([signatures, [weight.hex() for weight in used_weights], recipe.describe()])
+    if _is_taken(target) and not is_unfinished(target, key):
         raise ConfigurationError(f"{out} is there already and not empty; choose another place")
-    return spec, write_fusion(inputs, spec, target, progress)
+    return write_and_identify(inputs, used_weights, key, target, progress)
 
 
 def form_of(uri: str) -> Literal["safetensors", "dcp"]:

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -38,6 +38,7 @@ from ckptfuse.merge.arithmetic import (
     round_into,
     weighted_sums,
 )
+from ckptfuse.merge.hashing import InputHashes, LeafHash
 from ckptfuse.merge.inputs import Inputs
 from ckptfuse.merge.output_files import OutputFile, Span, output_files
 from ckptfuse.merge.sources import Source
@@ -72,6 +73,14 @@ def ignore(tally: Tally, size: int) -> None:
     """No progress is wanted."""
 
 
+@dataclass(frozen=True, slots=True)
+class _LeafDigests:
+    """Digests of one leaf: of each output, and of each input that is hashed."""
+
+    outputs: list[bytes]
+    inputs: dict[int, bytes]
+
+
 class _Worker:
     """One thread's working memory and what it did so far."""
 
@@ -93,6 +102,7 @@ class Pass:
         vectors: Sequence[Sequence[float]],
         *,
         only: Collection[str] | None = None,
+        hashes: InputHashes | None = None,
         block_elements: int = BLOCK_ELEMENTS,
     ) -> None:
         for vector in vectors:
@@ -100,6 +110,7 @@ class Pass:
                 raise ConfigurationError(f"{len(vector)} weights for {len(inputs.layouts)} inputs")
         self.inputs = inputs
         self.vectors = vectors
+        self.hashes = hashes
         self.files = [f for f in output_files(inputs) if only is None or f.name in only]
         self.size = len(vectors) * sum(file.size for file in self.files)
         self._block_elements = block_elements
@@ -161,11 +172,12 @@ class Pass:
         ``progress`` is called about once a leaf. Raises NonFiniteValues
         naming checkpoint and tensor.
         """
-        hashes: list[list[bytes]] = []
-        pending: deque[Future[list[bytes]]] = deque()
+        aligned = self._hashed_inputs(file)
+        hashes: list[_LeafDigests] = []
+        pending: deque[Future[_LeafDigests]] = deque()
         try:
             for begin in file.leaves:
-                pending.append(self._pool.submit(self._merge_leaf, file, begin, outputs))
+                pending.append(self._pool.submit(self._merge_leaf, file, begin, outputs, aligned))
                 if len(pending) > 2 * self._threads:
                     hashes.append(pending[0].result())
                     pending.popleft()
@@ -176,11 +188,31 @@ class Pass:
                 future.cancel()
             wait(pending)  # no thread may write after its output was closed
         progress(self.tally, self.size)
-        return [digests.tree_digest(leaves) for leaves in zip(*hashes, strict=True)]
+        if self.hashes is not None:
+            self.hashes.add(file, {i: [leaf.inputs[i] for leaf in hashes] for i in aligned})
+        written = zip(*(leaf.outputs for leaf in hashes), strict=True)
+        return [digests.tree_digest(leaves) for leaves in written]
+
+    def _hashed_inputs(self, file: OutputFile) -> list[int]:
+        """The inputs whose bytes of this file are to be hashed on the way."""
+        if self.hashes is None:
+            return []
+        return [i for i in self.hashes.aligned(file) if self._sources[i] is not None]
+
+    def _leaf_hashes(
+        self, file: str, begin: int, end: int, aligned: Sequence[int], scratch: Scratch
+    ) -> dict[int, LeafHash]:
+        hashes = {}
+        for i in aligned:
+            source = self._sources[i]
+            assert source is not None
+            buffer = scratch.take(f"unmerged {i}", np.dtype(np.uint8), self._request_size)
+            hashes[i] = LeafHash(file, source.readers[file], begin, end, buffer.data)
+        return hashes
 
     def _merge_leaf(
-        self, file: OutputFile, begin: int, outputs: Sequence[PartWriter]
-    ) -> list[bytes]:
+        self, file: OutputFile, begin: int, outputs: Sequence[PartWriter], aligned: Sequence[int]
+    ) -> "_LeafDigests":
         end = min(begin + digests.LEAF_SIZE, file.size)
         worker = self._worker()
         leaves = [
@@ -192,8 +224,10 @@ class Pass:
             for leaf in leaves:
                 leaf[: len(head)] = head
         self._copy_segments(file, begin, end, leaves, worker)
+        read = self._leaf_hashes(file.name, begin, end, aligned, worker.scratch)
         for request in self._requests(file.within(begin, end)):
-            self._merge_request(request, begin, leaves, worker)
+            self._merge_request(request, begin, leaves, worker, read)
+        ended = {i: found.digest() for i, found in read.items()}
         started = time.perf_counter()
         hashes = []
         for leaf, output in zip(leaves, outputs, strict=True):
@@ -203,7 +237,7 @@ class Pass:
         worker.tally += Tally(
             written=len(leaves) * (end - begin), writing=time.perf_counter() - started
         )
-        return hashes
+        return _LeafDigests(hashes, ended)
 
     def _copy_segments(
         self, file: OutputFile, begin: int, end: int, leaves: list[Array], worker: _Worker
@@ -242,10 +276,15 @@ class Pass:
             yield group
 
     def _merge_request(
-        self, spans: list[Span], begin: int, leaves: list[Array], worker: _Worker
+        self,
+        spans: list[Span],
+        begin: int,
+        leaves: list[Array],
+        worker: _Worker,
+        hashes: Mapping[int, LeafHash],
     ) -> None:
         started = time.perf_counter()
-        parts = self._read_parts(spans, worker.scratch)
+        parts = self._read_parts(spans, worker.scratch, hashes)
         was_read = time.perf_counter()
         for leaf, result in zip(leaves, self._merged(spans, parts, worker.scratch), strict=True):
             _place(spans, result.view(np.uint8), begin, leaf)
@@ -264,7 +303,9 @@ class Pass:
     def _is_copied(self, span: Span) -> bool:
         return span.placed.tensor.name in self.inputs.copied
 
-    def _read_parts(self, spans: list[Span], scratch: Scratch) -> list[Array | None]:
+    def _read_parts(
+        self, spans: list[Span], scratch: Scratch, hashes: Mapping[int, LeafHash]
+    ) -> list[Array | None]:
         """The spans' elements from each input, or from the ancillary source if they are copied.
 
         From a network, all inputs at once.
@@ -275,7 +316,9 @@ class Pass:
 
         def read(i: int) -> Array | None:
             source = self._sources[i]
-            return None if source is None else source.read(spans, f"input {i}", scratch)
+            if source is None:
+                return None
+            return source.read(spans, f"input {i}", scratch, hashes.get(i))
 
         spread = self._requests_pool.map if self._requests_pool else map
         parts = list(spread(read, range(len(self._sources))))

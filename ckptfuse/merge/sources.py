@@ -13,6 +13,7 @@ import numpy as np
 from ckptfuse.formats.tensors import Piece, Runs, shared_runs, tensor_bytes
 from ckptfuse.layouts import Layout
 from ckptfuse.merge.arithmetic import Array, Scratch
+from ckptfuse.merge.hashing import LeafHash
 from ckptfuse.merge.output_files import Span
 from ckptfuse.store import Reader
 
@@ -41,8 +42,13 @@ class Source:
         """Fill ``view`` from ``start`` of a file."""
         self.readers[file].read_into(start, view)
 
-    def read(self, spans: Sequence[Span], use: str, scratch: Scratch) -> Array:
-        """The bytes of these spans' elements, one span after the other, in ``use``'s memory."""
+    def read(
+        self, spans: Sequence[Span], use: str, scratch: Scratch, hashed: LeafHash | None = None
+    ) -> Array:
+        """The bytes of these spans' elements, one span after the other, in ``use``'s memory.
+
+        What is read goes through ``hashed`` too.
+        """
         lengths = [span.count * _width(span) for span in spans]
         buffer = scratch.take(use, _BYTES, sum(lengths))
         straight: list[_Straight] = []
@@ -52,7 +58,10 @@ class Source:
                 self._plan(span, piece, at, straight, buffer, f"{use}, other", scratch)
             at += length
         for one in straight:
-            self.readers[one.file].read_into(one.start, buffer.data[one.at : one.at + one.length])
+            view = buffer.data[one.at : one.at + one.length]
+            self.readers[one.file].read_into(one.start, view)
+            if hashed is not None:
+                hashed.take(one.file, one.start, view)
         return buffer
 
     def _plan(

@@ -22,6 +22,7 @@ from ckptfuse.errors import (
     IncompleteCheckpoint,
     MismatchedCheckpoints,
 )
+from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import Recipe
 from ckptfuse.layouts import read_layout, read_training_state
 from ckptfuse.listing import Conventions, find
@@ -118,7 +119,10 @@ def test_a_merge_in_the_checkpoints_own_form_is_the_reference_bit_for_bit(
     trained: dict[str, list[Path]], tmp_path: Path
 ) -> None:
     paths = trained["adamw"]
-    out = loaded(merged(paths, tmp_path / "out", form="dcp"))
+    uris = [str(path) for path in paths]
+    spec, _ = merge_once(str(tmp_path / "out"), uris, WEIGHTS, recipe=Recipe(form="dcp"))
+    assert spec.fingerprints == tuple(fingerprint_of(open_checkpoint(uri)) for uri in uris)
+    out = loaded(tmp_path / "out")
     newest = loaded(paths[-1])
     assert out.keys() == newest.keys()
     for name, values in out.items():
@@ -295,7 +299,8 @@ def test_damaged_files_raise_the_librarys_own_errors_only(
 def test_merging_needs_no_torch(trained: dict[str, list[Path]], tmp_path: Path) -> None:
     program = (
         "import sys; from ckptfuse.merge.once import merge_once;"
-        "from ckptfuse.fusion import Recipe;"
+        "from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.fusion import Recipe;"
         f"merge_once({str(tmp_path / 'out')!r}, {[str(p) for p in trained['adamw']]!r}, (0.5, 0.5),"
         " recipe=Recipe(form='dcp')); print('torch' in sys.modules)"
     )

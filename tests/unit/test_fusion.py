@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from ckptfuse import digests
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ConfigurationError, NonFiniteValues, StoreError
 from ckptfuse.fingerprints import fingerprint_of
@@ -21,9 +23,10 @@ from ckptfuse.merge.output_files import OutputFile
 from ckptfuse.merge.passes import Pass
 from ckptfuse.reading import load
 from ckptfuse.store import FolderStore, S3Store, open_store
+from ckptfuse.store.folder import _Reader
 from tests.helpers import CONFIG, bits, write_checkpoint
 from tests.servers import S3Server
-from tests.unit.test_merge import WEIGHTS, opened, three
+from tests.unit.test_merge import WEIGHTS, opened, three, write_unaligned
 
 
 def spec_of(inputs: Inputs, weights: Sequence[float]) -> FusionSpec:
@@ -251,14 +254,77 @@ def test_shards_that_workers_merge_are_taken_up_by_the_one_who_ends_it(tmp_path:
         merge_shard(inputs, spec, target, 2, 2)
 
 
-def test_on_s3_another_merge_does_not_go_on_in_its_place(tmp_path: Path, moto_s3: S3Server) -> None:
+def test_on_s3_the_same_merge_goes_on_in_its_place_and_no_other_does(
+    tmp_path: Path, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     three(tmp_path, shards=2)
     uris = [str(tmp_path / f"step{step}") for step in range(3)]
-    inputs = opened(tmp_path)
-    merge_shard(inputs, spec_of(inputs, WEIGHTS), open_store("s3://bucket/shared"), 0, 2)
+    merge_file, files = Pass.merge_file, []
+
+    def breaking(self: Pass, file: OutputFile, *rest: Any) -> list[str]:
+        if files:
+            raise StoreError("the network went away")
+        files.append(file.name)
+        return merge_file(self, file, *rest)
+
+    monkeypatch.setattr(Pass, "merge_file", breaking)
+    with pytest.raises(StoreError, match="went away"):
+        merge_once("s3://bucket/shared", uris, WEIGHTS)
+    monkeypatch.setattr(Pass, "merge_file", merge_file)
     with pytest.raises(ConfigurationError, match="not empty"):
         merge_once("s3://bucket/shared", uris, (0.2, 0.2, 0.6))
-    merge_once("s3://bucket/shared", uris, WEIGHTS)
-    found = {entry.path for entry in open_store("s3://bucket/shared").list()}
-    assert "config.json" in found
-    assert not any(path.startswith(JOURNAL) for path in found)
+    spec, contents = merge_once("s3://bucket/shared", uris, WEIGHTS)
+    assert spec == spec_of(opened(tmp_path), WEIGHTS)
+    assert {entry.path for entry in open_store("s3://bucket/shared").list()} == contents.keys()
+
+
+def test_a_merge_that_fails_for_good_leaves_nothing_on_s3(
+    tmp_path: Path, moto_s3: S3Server
+) -> None:
+    for step in range(2):
+        nan = torch.tensor([float("nan") if step else 1.0])
+        write_checkpoint(tmp_path / f"step{step}", {"a": torch.ones(2), "b": nan}, shards=2)
+    uris = [str(tmp_path / f"step{step}") for step in range(2)]
+    with pytest.raises(NonFiniteValues, match="'b'"):
+        merge_once("s3://bucket/broken", uris, (0.5, 0.5))
+    assert open_store("s3://bucket/broken").list() == []
+
+
+@pytest.mark.parametrize("leaf", [40, 4096, digests.LEAF_SIZE])
+@pytest.mark.parametrize("odd", ["no", "other header", "other order", "other dtype"])
+def test_fingerprints_from_the_bytes_of_the_merge_are_those_of_a_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaf: int, odd: str
+) -> None:
+    """Also where a file is laid out in another way than the output's, and is read by itself."""
+    states = three(tmp_path)
+    file = tmp_path / "step1" / "model.safetensors"
+    if odd == "other header":
+        save_file(states[1], file, {"format": "pt", "a long word": "or two " * 10})
+    if odd == "other order":
+        write_unaligned(tmp_path / "step1", states[1])
+    for step in range(3):
+        (tmp_path / f"step{step}" / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(digests, "LEAF_SIZE", leaf)
+    recipe = Recipe(dtype="float32" if odd == "other dtype" else None)
+    uris = [str(tmp_path / f"step{step}") for step in range(3)]
+    spec, _ = merge_once(str(tmp_path / "out"), uris, WEIGHTS, recipe=recipe)
+    assert spec.fingerprints == tuple(fingerprint_of(open_checkpoint(uri)) for uri in uris)
+
+
+def test_a_merge_by_hand_reads_every_byte_of_the_weights_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(tmp_path)
+    size = (tmp_path / "step0" / "model.safetensors").stat().st_size
+    start = min(t.pieces[0].start for t in opened(tmp_path).ancillary.tensors.values())
+    read: list[int] = []
+    read_into = _Reader.read_into
+
+    def counted(self: _Reader, start: int, view: memoryview) -> None:
+        read.append(len(view))
+        read_into(self, start, view)
+
+    monkeypatch.setattr(_Reader, "read_into", counted)
+    merge_once(str(tmp_path / "out"), [str(tmp_path / f"step{i}") for i in range(3)], WEIGHTS)
+    headers, configurations = 3 * 2 * start, 3 * (tmp_path / "step0" / "config.json").stat().st_size
+    assert 3 * size <= sum(read) <= 3 * size + headers + configurations
