@@ -299,8 +299,7 @@ def test_damaged_files_raise_the_librarys_own_errors_only(
 def test_merging_needs_no_torch(trained: dict[str, list[Path]], tmp_path: Path) -> None:
     program = (
         "import sys; from ckptfuse.merge.once import merge_once;"
-        "from ckptfuse.fingerprints import fingerprint_of
-from ckptfuse.fusion import Recipe;"
+        "from ckptfuse.fusion import Recipe;"
         f"merge_once({str(tmp_path / 'out')!r}, {[str(p) for p in trained['adamw']]!r}, (0.5, 0.5),"
         " recipe=Recipe(form='dcp')); print('torch' in sys.modules)"
     )
