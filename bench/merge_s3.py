@@ -4,13 +4,12 @@ Loopback: rclone serves a folder as a bucket. ``bare`` reads every byte of a win
 by the store's own ranged reads, of the size and as many at once as the engine's; ``engine`` reads,
 merges, hashes and writes the merge to a local folder, synced. In turn, each in a process of its
 own; medians. Server and client share the machine's cores, so what the engine does beside reading
-is taken from the server as well. Results go to ``bench/results/merge_s3.{json,md}``.
+is taken from the server as well; behind a link that is slower than both, it is not. Results go to ``bench/results/merge_s3.{json,md}``.
 """
 
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from threading import local
 
 from bench.checkpoints import SMALL, make_window
-from bench.measure import machine, run
+from bench.measure import Process, machine, run
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.merge.folder import merge_to_stores
 from ckptfuse.merge.inputs import open_inputs
@@ -30,20 +29,23 @@ from tests.servers import rclone
 
 HERE = Path(__file__).parent
 WINDOW = 4
+#: What stands between server and client: their common cores, or a network of so many bytes/s.
+LINKS = {"loopback": (), "200 MiB/s": ("--bwlimit", "200M")}
+Figures = dict[str, dict[str, list[float]]]
 #: Reads at once, as many as the engine has under way with a window of four.
 IN_FLIGHT = 16
 
 
 def bare(uris: Sequence[str]) -> int:
     """Read all weight files once, into buffers that are used again; returns the bytes."""
-    stores = [open_store(uri) for uri in uris]
     ranges = [
         (store, entry.path, start, min(store.request_size, entry.size - start))
-        for store in stores
+        for store in map(open_store, uris)
         for entry in store.list()
         if entry.path.endswith(".safetensors")
         for start in range(0, entry.size, store.request_size)
     ]
+    ranges.sort(key=lambda item: item[2])  # from all objects at once, as the engine reads them
     own = local()
 
     def read(index: int) -> int:
@@ -68,49 +70,59 @@ def engine(uris: Sequence[str], out: Path) -> int:
 
 def one(name: str, out: Path, uris: Sequence[str]) -> None:
     """In a process of its own: one contender, its figures as JSON."""
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    _client_is_ready(uris[0])
+    before, memory = time.process_time(), _peak_mib()
     started = time.perf_counter()
     size = bare(uris) if name == "bare" else engine(uris, out)
     seconds = time.perf_counter() - started
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    above = (after.ru_maxrss - before.ru_maxrss) / 1024
-    print(
-        json.dumps({"GB/s": size / seconds / 1e9, "seconds": seconds, "CPU s": cpu, "MiB": above})
-    )
+    figures = {
+        "GB/s": size / seconds / 1e9,
+        "seconds": seconds,
+        "CPU s": time.process_time() - before,
+        "MiB": _peak_mib() - memory,
+    }
+    print(json.dumps(figures))
 
 
-def measure(folder: Path, runs: int) -> dict[str, dict[str, list[float]]]:
+def _client_is_ready(uri: str) -> None:
+    """boto3 is imported and connected once a process, whatever the work."""
+    open_store(uri).list()
+
+
+def _peak_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def measure(folder: Path, link: str, flags: Sequence[str], runs: int) -> Figures:
+    """``runs`` pairs of both contenders, after one that brings the files into the page cache."""
     bucket = folder / "served" / "bucket"
     bucket.mkdir(parents=True, exist_ok=True)
     paths = make_window(bucket, SMALL, WINDOW)
     uris = [f"s3://bucket/{path.relative_to(bucket)}" for path in paths]
-    figures: dict[str, dict[str, list[float]]] = {"bare": {}, "engine": {}}
-    with rclone(folder) as server:
+    figures: Figures = {"bare": {}, "engine": {}}
+    with rclone(folder, *flags) as server:
         os.environ.update(server.environment)
-        for _ in range(runs + 1):
+        for number in range(runs + 1):
             for name, kept in figures.items():
-                out = folder / "out"
-                shutil.rmtree(out, ignore_errors=True)
-                program = [sys.executable, "-m", "bench.merge_s3", "--one", name, "--folder"]
-                told = json.loads(run([*program, str(out), *uris]).output)
+                told = json.loads(_process(name, folder / "out", uris).output)
                 for figure, value in told.items():
-                    kept.setdefault(figure, []).append(value)
-    # The first round brings the files into the page cache.
-    return {name: {f: v[1:] for f, v in kept.items()} for name, kept in figures.items()}
+                    if number:
+                        kept.setdefault(figure, []).append(value)
+            print(link, number, {n: k["GB/s"][-1:] for n, k in figures.items() if k}, flush=True)
+    return figures
 
 
-def markdown(figures: dict[str, dict[str, list[float]]], about: dict[str, str]) -> str:
-    medians = {
-        name: {figure: statistics.median(values) for figure, values in kept.items()}
-        for name, kept in figures.items()
-    }
-    ratios = [
-        e / b for e, b in zip(figures["engine"]["GB/s"], figures["bare"]["GB/s"], strict=True)
-    ]
+def _process(name: str, out: Path, uris: Sequence[str]) -> Process:
+    shutil.rmtree(out, ignore_errors=True)
+    return run([sys.executable, "-m", "bench.merge_s3", "--one", name, "--folder", str(out), *uris])
+
+
+def markdown(cases: dict[str, Figures], about: dict[str, str]) -> str:
+    runs = len(cases[next(iter(cases))]["bare"]["GB/s"])
     what = (
         f"{WINDOW} x {SMALL.name} from rclone on loopback, {IN_FLIGHT} reads of 8 MiB at once; "
-        f"medians of {len(ratios)} runs. The server shares the cores. MiB: above the imports."
+        f"medians of {runs} runs. The server shares the cores. MiB: above imports and client."
     )
     lines = [
         "# The merge from S3 against bare ranged reads",
@@ -119,20 +131,23 @@ def markdown(figures: dict[str, dict[str, list[float]]], about: dict[str, str]) 
         "",
         what,
         "",
-        "| | GB/s | seconds | CPU s of the client | MiB |",
-        "|---|---|---|---|---|",
+        "| link | | GB/s | seconds | CPU s of the client | MiB |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, m in medians.items():
-        lines.append(
-            f"| {name} | {m['GB/s']:.2f} | {m['seconds']:.2f} | {m['CPU s']:.2f} | {m['MiB']:.0f} |"
-        )
-    ratio = medians["engine"]["GB/s"] / medians["bare"]["GB/s"]
-    lines += [
-        "",
-        f"engine / bare: {ratio:.0%} by the medians, {statistics.median(ratios):.0%} as the median "
-        "of neighbouring runs.",
-    ]
+    for link, figures in cases.items():
+        for name, kept in figures.items():
+            m = {figure: statistics.median(values) for figure, values in kept.items()}
+            lines.append(
+                f"| {link} | {name} | {m['GB/s']:.2f} | {m['seconds']:.2f} | {m['CPU s']:.2f} "
+                f"| {m['MiB']:.0f} |"
+            )
+        ratio = _median(figures, "engine") / _median(figures, "bare")
+        lines.append(f"| {link} | engine / bare | {ratio:.0%} | | | |")
     return "\n".join(lines) + "\n"
+
+
+def _median(figures: Figures, name: str) -> float:
+    return statistics.median(figures[name]["GB/s"])
 
 
 def main() -> None:
@@ -146,14 +161,14 @@ def main() -> None:
     if arguments.one:
         one(arguments.one, folder, arguments.uris)
         return
-    figures = measure(folder, arguments.runs)
+    cases = {link: measure(folder, link, flags, arguments.runs) for link, flags in LINKS.items()}
     about = machine()
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     (results / "merge_s3.json").write_text(
-        json.dumps({"machine": about, "figures": figures}, indent=1) + "\n"
+        json.dumps({"machine": about, "figures": cases}, indent=1) + "\n"
     )
-    text = markdown(figures, about)
+    text = markdown(cases, about)
     (results / "merge_s3.md").write_text(text)
     print(text)
 

@@ -52,13 +52,14 @@ def moto(folder: Path) -> Iterator[S3Server]:
 
 
 @contextmanager
-def rclone(folder: Path) -> Iterator[S3Server]:
-    """The folders in ``folder/served`` as buckets."""
+def rclone(folder: Path, *flags: str) -> Iterator[S3Server]:
+    """The folders in ``folder/served`` as buckets; ``flags`` are further ones of rclone's."""
     port = free_port()
     (folder / "served").mkdir(exist_ok=True)
     command = [
         str(BINARIES / "rclone"), "serve", "s3", "--config", os.devnull,
         "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", str(folder / "served"),
+        *flags,
     ]  # fmt: skip
     yield from _serve("rclone", command, port, folder)
 
