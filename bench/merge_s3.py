@@ -4,7 +4,8 @@ Loopback: rclone serves a folder as a bucket. ``bare`` reads every byte of a win
 by the store's own ranged reads, of the size and as many at once as the engine's; ``engine`` reads,
 merges, hashes and writes the merge to a local folder, synced. In turn, each in a process of its
 own; medians. Server and client share the machine's cores, so what the engine does beside reading
-is taken from the server as well; behind a link that is slower than both, it is not. Results go to ``bench/results/merge_s3.{json,md}``.
+is taken from the server as well; behind a link that is slower than both, it is not. Results go
+to ``bench/results/merge_s3.{json,md}``.
 """
 
 import argparse
