@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-faults bench-merge clean
+.PHONY: help setup demo test lint test-faults bench-merge bench-merge-s3 clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -23,7 +23,7 @@ export DVC_NO_ANALYTICS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## make .venv with the versions of constraints.txt (only when they changed)
 
@@ -44,6 +44,9 @@ test-faults: $(READY) ## the tests that kill the service again and again
 # mergekit needs other versions than ours of some packages: an environment of its own.
 bench-merge: $(READY) $(VENV)/mergekit/.ready ## the merge against mergekit and the machine (30 min, 20 GB)
 	$(BIN)/python -m bench.merge --folder workspace/bench --mergekit $(VENV)/mergekit
+
+bench-merge-s3: $(READY) ## the merge from S3, on loopback, against bare ranged reads (5 min, 4 GB)
+	$(BIN)/python -m bench.merge_s3 --folder workspace/bench/s3
 
 $(VENV)/mergekit/.ready: bench/mergekit-constraints.txt
 	"$(BIN)/python" -m venv --clear $(VENV)/mergekit

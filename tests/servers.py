@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,27 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def moto(folder: Path) -> Iterator[S3Server]:
+    """An emulator, in memory; it checks no secrets. ``folder`` is for its log."""
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    yield from _serve("moto", command, port, folder)
+
+
+@contextmanager
+def rclone(folder: Path, *flags: str) -> Iterator[S3Server]:
+    """The folders in ``folder/served`` as buckets; ``flags`` are further ones of rclone's."""
+    port = free_port()
+    (folder / "served").mkdir(exist_ok=True)
+    command = [
+        str(BINARIES / "rclone"), "serve", "s3", "--config", os.devnull,
+        "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", str(folder / "served"),
+        *flags,
+    ]  # fmt: skip
+    yield from _serve("rclone", command, port, folder)
 
 
 def _serve(name: str, command: list[str], port: int, folder: Path) -> Iterator[S3Server]:
@@ -81,18 +103,11 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    yield from _serve("moto", command, port, tmp_path_factory.mktemp("moto"))
+    with moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    port = free_port()
-    folder = tmp_path_factory.mktemp("rclone")
-    (folder / "served").mkdir()
-    command = [
-        str(BINARIES / "rclone"), "serve", "s3", "--config", os.devnull,
-        "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}", str(folder / "served"),
-    ]  # fmt: skip
-    yield from _serve("rclone", command, port, folder)
+    with rclone(tmp_path_factory.mktemp("rclone")) as server:
+        yield server

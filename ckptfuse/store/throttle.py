@@ -40,7 +40,7 @@ class Throttle:
 
     A request starts when those before it are paid for, at the caps' rates of bytes and requests,
     whichever takes longer. So in any stretch of time, what was started is at most the rate times
-    the stretch, and one request more. What the client tries again is not counted again.
+    the stretch, and one request more. What boto3 tries again by itself is not counted again.
     """
 
     def __init__(

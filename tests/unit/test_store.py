@@ -1,8 +1,12 @@
 """One contract for bytes at a URI, held by a folder and by two S3 servers of different kinds."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from ckptfuse.store import (
     read_uri,
     split_uri,
 )
+from ckptfuse.store.multipart import group_size
 from tests.servers import S3Server
 
 
@@ -148,6 +153,169 @@ def uploads() -> list[str]:
     """The keys of uploads that the server holds and that have not ended."""
     answer = boto3.client("s3").list_multipart_uploads(Bucket="bucket")
     return [upload["Key"] for upload in answer.get("Uploads", [])]
+
+
+LEAF = 8 * 1024 * 1024
+
+
+def pattern(size: int) -> bytes:
+    """Bytes in which no two places of the same file look alike for long."""
+    return (b"".join(i.to_bytes(4, "big") for i in range(50_021)) * (size // 200_084 + 1))[:size]
+
+
+@pytest.mark.parametrize("size", [0, 5, LEAF, LEAF + 1, 3 * LEAF + 12_345])
+def test_parts_in_any_order_from_any_thread_make_the_file(store: Store, size: int) -> None:
+    data = pattern(size)
+    starts = list(range(0, size, LEAF))[::-1]
+    with store.part_writer("parts", size, LEAF) as out, ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda start: out.write_at(start, part(data, start)), starts))
+        assert store.list("") == []
+    assert store.read("parts") == data
+
+
+def part(data: bytes, start: int, size: int = LEAF) -> memoryview:
+    return memoryview(data)[start : start + size]
+
+
+def test_small_parts_are_gathered_into_such_as_s3_takes(moto_s3: S3Server) -> None:
+    store, piece = open_store("s3://bucket/gathered"), 1024 * 1024
+    data = pattern(12 * piece + 7)
+    with store.part_writer("file", len(data), piece) as out:
+        for start in [*range(0, len(data), 2 * piece), *range(piece, len(data), 2 * piece)]:
+            out.write_at(start, part(data, start, piece))
+    assert store.read("file") == data
+    assert store.stat("file").version.endswith("-3")  # ETag of three parts: 5, 5 and 2 MiB
+
+
+@pytest.mark.parametrize("terabytes", [0.01, 0.08, 1, 5])
+def test_s3s_parts_stay_within_its_limits_up_to_the_largest_object(terabytes: float) -> None:
+    size = int(terabytes * 1024**4)
+    part_size = LEAF * group_size(size, LEAF)
+    assert 5 * 1024**2 <= part_size <= 5 * 1024**3
+    assert -(-size // part_size) <= 10_000
+
+
+def test_an_object_larger_than_s3_takes_is_refused_at_once() -> None:
+    store = open_store("s3://bucket/x")
+    with pytest.raises(StoreError, match="exceed"), store.part_writer("f", 6 * 1024**4, LEAF):
+        pass
+
+
+def write_parts(store: Store, size: int, starts: Iterable[int]) -> None:
+    with store.part_writer("file", size, LEAF) as out:
+        for start in starts:
+            out.write_at(start, memoryview(bytes(LEAF)))
+
+
+@pytest.mark.parametrize("lacking", [1, 2])
+def test_a_file_that_lacks_a_part_does_not_appear(moto_s3: S3Server, lacking: int) -> None:
+    store = open_store("s3://bucket/lacking")
+    with pytest.raises(StoreError, match="parts were written"):
+        write_parts(store, lacking * LEAF, range(LEAF, lacking * LEAF, LEAF))
+    assert store.list("") == []
+    assert uploads() == []
+
+
+def failing(starts: Iterable[int]) -> Iterator[int]:
+    yield from starts
+    raise RuntimeError("the disk of the writer is full")
+
+
+def test_parts_that_break_off_leave_nothing_behind(store: Store) -> None:
+    with pytest.raises(RuntimeError, match="full"):
+        write_parts(store, 4 * LEAF, failing([LEAF, 0]))
+    assert store.list("") == []
+
+
+def without_its_upload(starts: Iterable[int]) -> Iterator[int]:
+    """Someone, or a rule of the bucket, removes the upload while it goes on."""
+    (upload,) = boto3.client("s3").list_multipart_uploads(Bucket="bucket")["Uploads"]
+    boto3.client("s3").abort_multipart_upload(
+        Bucket="bucket", Key=upload["Key"], UploadId=upload["UploadId"]
+    )
+    yield from starts
+
+
+def test_an_upload_that_the_store_refuses_is_told(moto_s3: S3Server) -> None:
+    store = open_store("s3://bucket/refused")
+    with pytest.raises(StoreError, match="refused/file"):
+        write_parts(store, 20 * LEAF, without_its_upload(range(0, 20 * LEAF, LEAF)))
+    assert store.list("") == []
+    assert uploads() == []
+
+
+class Cutting:
+    """Between client and server: cuts each connection once it brought so many bytes."""
+
+    def __init__(self, target: str, after: int) -> None:
+        self._address = ("127.0.0.1", int(target.rpartition(":")[2]))
+        self._after = after
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            far = socket.create_connection(self._address)
+            threading.Thread(target=self._pass, args=(near, far, None), daemon=True).start()
+            threading.Thread(target=self._pass, args=(far, near, self._after), daemon=True).start()
+
+    @staticmethod
+    def _pass(source: socket.socket, sink: socket.socket, most: int | None) -> None:
+        passed = 0
+        with contextlib.suppress(OSError):
+            while (data := source.recv(65_536)) and (most is None or passed < most):
+                sink.sendall(data)
+                passed += len(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_range_whose_connection_breaks_goes_on_where_it_was(
+    moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pattern(3_000_000)
+    open_store("s3://bucket/cut").write("file", data)
+    proxy = Cutting(moto_s3.environment["AWS_ENDPOINT_URL"], after=1_300_000)
+    moto_s3.use(monkeypatch, AWS_ENDPOINT_URL=proxy.url)
+    assert (
+        bytes(open_store("s3://bucket/cut").read_range("file", 10, 2_900_000)) == data[10:2_900_010]
+    )
+    assert proxy.connections == 3
+    proxy.close()
+
+
+def test_a_range_that_never_comes_whole_is_given_up_and_told(
+    moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store("s3://bucket/cut").write("file", pattern(3_000_000))
+    proxy = Cutting(moto_s3.environment["AWS_ENDPOINT_URL"], after=100_000)
+    moto_s3.use(monkeypatch, AWS_ENDPOINT_URL=proxy.url)
+    with pytest.raises(StoreError, match="the connection broke 5 times"):
+        open_store("s3://bucket/cut").read_range("file", 0, 3_000_000)
+    proxy.close()
+
+
+def test_connections_are_used_again_after_a_range(
+    rclone_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store("s3://bucket/again").write("file", pattern(100_000))
+    proxy = Cutting(rclone_s3.environment["AWS_ENDPOINT_URL"], after=10**9)
+    rclone_s3.use(monkeypatch, AWS_ENDPOINT_URL=proxy.url)
+    for _ in range(5):
+        open_store("s3://bucket/again").read_range("file", 50, 90_000)
+    assert proxy.connections == 1
+    proxy.close()
 
 
 def test_deleting_twice_is_no_error(store: Store) -> None:
