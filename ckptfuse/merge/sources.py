@@ -20,16 +20,6 @@ from ckptfuse.store import Reader
 _BYTES: np.dtype[np.uint8] = np.dtype(np.uint8)
 
 
-@dataclass(slots=True)
-class _Straight:
-    """Bytes that are wanted as they lie: from ``start`` of ``file`` to ``at`` of the buffer."""
-
-    file: str
-    start: int
-    length: int
-    at: int
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """One input's open files. No read asks for more than about ``request_size`` bytes."""
@@ -49,13 +39,18 @@ class Source:
 
         What is read goes through ``hashed`` too.
         """
-        lengths = [span.count * _width(span) for span in spans]
-        buffer = scratch.take(use, _BYTES, sum(lengths))
+        buffer = scratch.take(use, _BYTES, sum(span.count * _width(span) for span in spans))
         straight: list[_Straight] = []
         at = 0
-        for span, length in zip(spans, lengths, strict=True):
+        for span in spans:
+            length = span.count * _width(span)
+            target = _Target(span, buffer[at : at + length], at)
             for piece in self.layout.tensors[span.placed.tensor.name].pieces:
-                self._plan(span, piece, at, straight, buffer, f"{use}, other", scratch)
+                runs = target.runs_of(piece)
+                if len(runs.here) == 1:
+                    _join(straight, target.straight(piece, runs))
+                elif len(runs.here):
+                    self._scatter(target, piece, runs, f"{use}, other", scratch)
             at += length
         for one in straight:
             view = buffer.data[one.at : one.at + one.length]
@@ -64,58 +59,66 @@ class Source:
                 hashed.take(one.file, one.start, view)
         return buffer
 
-    def _plan(
-        self,
-        span: Span,
-        piece: Piece,
-        at: int,
-        straight: list[_Straight],
-        buffer: Array,
-        use: str,
-        scratch: Scratch,
-    ) -> None:
-        width = _width(span)
-        if piece.box == span.placed.box:
-            start = piece.start + span.first * width
-            _join(straight, _Straight(piece.file, start, span.count * width, at))
-            return
-        runs = shared_runs(span.placed.box, piece.box, span.first, span.count)
-        if len(runs.here) == 1:
-            start = piece.start + int(runs.there[0]) * width
-            to = at + (int(runs.here[0]) - span.first) * width
-            _join(straight, _Straight(piece.file, start, int(runs.lengths[0]) * width, to))
-        elif len(runs.here):
-            target = buffer[at : at + span.count * width]
-            self._scatter(runs, span.first, piece, width, target, use, scratch)
-
     def _scatter(
-        self,
-        runs: Runs,
-        first: int,
-        piece: Piece,
-        width: int,
-        target: Array,
-        use: str,
-        scratch: Scratch,
+        self, target: "_Target", piece: Piece, runs: Runs, use: str, scratch: Scratch
     ) -> None:
         """Read the range of the piece that holds the runs; in halves while it is too long."""
         begin, end = int(runs.there[0]), int(runs.there[-1] + runs.lengths[-1])
-        if (end - begin) * width > self.request_size and len(runs.here) > 1:
+        if (end - begin) * target.width > self.request_size and len(runs.here) > 1:
             middle = len(runs.here) // 2
             for part in (slice(None, middle), slice(middle, None)):
                 half = Runs(runs.here[part], runs.there[part], runs.lengths[part])
-                self._scatter(half, first, piece, width, target, use, scratch)
+                self._scatter(target, piece, half, use, scratch)
             return
-        data = scratch.take(use, _BYTES, (end - begin) * width)
-        self.readers[piece.file].read_into(piece.start + begin * width, data.data)
+        data = scratch.take(use, _BYTES, (end - begin) * target.width)
+        self.readers[piece.file].read_into(piece.start + begin * target.width, data.data)
+        target.put(runs, begin, data)
+
+
+@dataclass(slots=True)
+class _Straight:
+    """Bytes that are wanted as they lie: from ``start`` of ``file`` to ``at`` of the buffer."""
+
+    file: str
+    start: int
+    length: int
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where a span's elements go: ``view`` is its part of the buffer, which begins at ``at``."""
+
+    span: Span
+    view: Array
+    at: int
+
+    @property
+    def width(self) -> int:
+        return _width(self.span)
+
+    def runs_of(self, piece: Piece) -> Runs:
+        """What of the span lies in a piece: as a rule, all of it in one run."""
+        span = self.span
+        if piece.box == span.placed.box:
+            return Runs(np.array([span.first]), np.array([span.first]), np.array([span.count]))
+        return shared_runs(span.placed.box, piece.box, span.first, span.count)
+
+    def straight(self, piece: Piece, runs: Runs) -> _Straight:
+        there, length = int(runs.there[0]) * self.width, int(runs.lengths[0]) * self.width
+        to = self.at + (int(runs.here[0]) - self.span.first) * self.width
+        return _Straight(piece.file, piece.start + there, length, to)
+
+    def put(self, runs: Runs, begin: int, data: Array) -> None:
+        """Copy runs out of ``data``, which holds the piece from its element ``begin`` on."""
         places = zip(
-            ((runs.here - first) * width).tolist(),
-            ((runs.there - begin) * width).tolist(),
-            (runs.lengths * width).tolist(),
+            ((runs.here - self.span.first) * self.width).tolist(),
+            ((runs.there - begin) * self.width).tolist(),
+            (runs.lengths * self.width).tolist(),
             strict=True,
         )
         for here, there, length in places:
-            target[here : here + length] = data[there : there + length]
+            self.view[here : here + length] = data[there : there + length]
 
 
 def _width(span: Span) -> int:
@@ -124,13 +127,14 @@ def _width(span: Span) -> int:
 
 
 def _join(straight: list[_Straight], one: _Straight) -> None:
-    if straight:
-        last = straight[-1]
-        if (last.file, last.start + last.length, last.at + last.length) == (
-            one.file,
-            one.start,
-            one.at,
-        ):
-            last.length += one.length
-            return
-    straight.append(one)
+    """Add a read, or make the last one longer where this goes on behind it in file and buffer."""
+    last = straight[-1] if straight else None
+    if (
+        last is not None
+        and last.file == one.file
+        and last.start + last.length == one.start
+        and last.at + last.length == one.at
+    ):
+        last.length += one.length
+    else:
+        straight.append(one)
