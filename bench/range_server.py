@@ -27,6 +27,9 @@ class _Handler(socketserver.StreamRequestHandler):
         found = None
         while (header := self.rfile.readline()).strip():
             found = _RANGE.match(header) or found
+        if not (self.root / path.lstrip("/")).is_file():
+            self.wfile.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            return
         with (self.root / path.lstrip("/")).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             first, last = (int(found[1]), min(int(found[2]), size - 1)) if found else (0, size - 1)

@@ -90,13 +90,15 @@ def _read_file(store: Store, entry: Entry, pool: ThreadPoolExecutor) -> tuple[by
     buffer = bytearray(entry.size)
     view = memoryview(buffer)
 
-    def read_leaf(start: int) -> bytes:
-        end = min(start + digests.LEAF_SIZE, entry.size)
-        view[start:end] = store.read_range(entry.path, start, end - start)
-        return digests.leaf_digest(view[start:end])
+    with store.reader(entry.path) as reader:
 
-    leaves = pool.map(read_leaf, range(0, entry.size, digests.LEAF_SIZE))
-    return buffer, digests.tree_digest(leaves)
+        def read_leaf(start: int) -> bytes:
+            leaf = view[start : min(start + digests.LEAF_SIZE, entry.size)]
+            reader.read_into(start, leaf)
+            return digests.leaf_digest(leaf)
+
+        leaves = pool.map(read_leaf, range(0, entry.size, digests.LEAF_SIZE))
+        return buffer, digests.tree_digest(leaves)
 
 
 def _view(buffer: bytearray, tensor: Tensor, checkpoint: Checkpoint) -> torch.Tensor:
