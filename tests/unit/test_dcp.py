@@ -282,7 +282,7 @@ def test_damaged_files_raise_the_librarys_own_errors_only(
     whole = (path / file).read_bytes()
     generator = random.Random(11)
     refused = 0
-    for _ in range(400):
+    for _ in range(250):
         data = bytearray(whole)
         for _ in range(generator.choice((1, 1, 2, 8))):
             data[generator.randrange(len(data))] = generator.randrange(256)

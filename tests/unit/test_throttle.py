@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ckptfuse import job
-from ckptfuse.checkpoints import Conventions, find
 from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.listing import Conventions, find
 from ckptfuse.params import Params
 from ckptfuse.protocol import Numerics, Request
 from ckptfuse.reading import load

@@ -56,8 +56,9 @@ def test_a_lock_can_be_taken_again_after_it_was_given_back(tmp_path: Path) -> No
 def test_the_new_writer_sweeps_up_what_a_killed_one_left(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     kept = workspace.model("fusion")
-    left = [workspace.folder("tmp") / "file", workspace.folder("models") / ".fusion-123" / "half"]
-    for path in [kept / "model.safetensors", *left]:
+    half = workspace.folder("models") / ".fusion-123" / "model.safetensors"  # to be taken up again
+    left = [workspace.folder("tmp") / "file", workspace.folder("tmp") / "folder" / "file"]
+    for path in [kept / "model.safetensors", half, *left]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
         path.chmod(0o444)
@@ -65,6 +66,7 @@ def test_the_new_writer_sweeps_up_what_a_killed_one_left(tmp_path: Path) -> None
         assert mine
     assert [path for path in left if path.exists()] == []
     assert not left[1].parent.exists()
+    assert half.exists()
     assert (kept / "model.safetensors").exists()
 
 
