@@ -13,7 +13,9 @@ import json
 from collections.abc import Iterable
 
 LEAF_SIZE = 8 * 1024 * 1024
-_TREE_PREFIX = f"ckptfuse-tree-1:{LEAF_SIZE}:".encode()
+#: Names how content hashes are made.
+TREE = f"ckptfuse-tree-1:{LEAF_SIZE}"
+_TREE_PREFIX = f"{TREE}:".encode()
 
 
 def canonical_json(value: object) -> bytes:

@@ -5,11 +5,11 @@ gets the same folder, byte for byte; so the folder holds no time, place, score o
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from ckptfuse.digests import digest
+from ckptfuse.digests import TREE, digest
 from ckptfuse.errors import ConfigurationError
 
 #: Version of the merge's arithmetic and of the folder's make-up.
@@ -84,10 +84,12 @@ class FusionSpec:
             **self.recipe.describe(),
         }
 
-    def provenance(self) -> bytes:
-        """The text of ``fusion.json``."""
-        about = {"fusion": self.id, **self.describe()}
+    def provenance(self, files: Mapping[str, tuple[int, str]]) -> bytes:
+        """The text of ``fusion.json``; ``files`` are the others: path -> (size, content hash)."""
+        about: dict[str, object] = {"fusion": self.id, **self.describe()}
         about["weights"] = [weight for _, weight in self.used]
+        about["content_hash"] = TREE
+        about["files"] = {p: {"size": size, "hash": found} for p, (size, found) in files.items()}
         return (json.dumps(about, indent=2, sort_keys=True) + "\n").encode()
 
     def model_card(self) -> bytes:

@@ -27,6 +27,7 @@ from ckptfuse.store import FolderStore, Store, remove_folder
 
 #: What an unfinished merge has done; gone once it is whole.
 JOURNAL = ".merged.json"
+PROVENANCE = "fusion.json"
 
 
 def merge_to_stores(
@@ -88,8 +89,7 @@ def write_fusion(
     """
     work = _Work(inputs, spec.weights, spec.id, target)
     with work.kept_or_removed():
-        contents = work.merge_missing(progress)
-        return contents | work.complete(spec)
+        return work.complete(spec, work.merge_missing(progress))
 
 
 def write_and_identify(
@@ -106,9 +106,9 @@ def write_and_identify(
     work = _Work(inputs, weights, key, target)
     with work.kept_or_removed():
         hashes = InputHashes(inputs.layouts)
-        contents = work.merge_missing(progress, hashes=hashes)
+        written = work.merge_missing(progress, hashes=hashes)
         spec = _identify(inputs, weights, hashes)
-        return spec, contents | work.complete(spec)
+        return spec, work.complete(spec, written)
 
 
 def _identify(inputs: Inputs, weights: Sequence[float], hashes: InputHashes) -> FusionSpec:
@@ -175,10 +175,10 @@ class _Work:
             done |= made
         return {name: done[name] for name in names}
 
-    def complete(self, spec: FusionSpec) -> Contents:
-        """What else belongs to the folder; then it appears."""
+    def complete(self, spec: FusionSpec, weights: Contents) -> Contents:
+        """What else belongs to the folder; then it appears. Returns all its files."""
         place = self.place
-        contents = _write_rest(self.inputs, spec, place)
+        contents = _write_rest(self.inputs, spec, place, weights)
         for path in _journals(place):
             place.delete(path)
         if isinstance(self.target, FolderStore) and isinstance(place, FolderStore):
@@ -230,17 +230,20 @@ def _done(place: Store, key: str) -> Contents:
     return done
 
 
-def _write_rest(inputs: Inputs, spec: FusionSpec, target: Store) -> Contents:
-    small = {"fusion.json": spec.provenance(), "README.md": spec.model_card()}
+def _write_rest(inputs: Inputs, spec: FusionSpec, target: Store, weights: Contents) -> Contents:
+    """All that is no weights; ``fusion.json`` names every other file, and its hash."""
     if inputs.recipe.form == "dcp":
-        contents = _copy_rest(inputs, target)
-        small |= _metadata(inputs)
+        contents = weights | _copy_rest(inputs, target)
+        small = _metadata(inputs)
     else:
-        contents = {}
-        small |= _ancillary_files(inputs)
+        contents = dict(weights)
+        small = _ancillary_files(inputs)
+    small["README.md"] = spec.model_card()
+    contents |= {path: (len(data), content_digest(data)) for path, data in small.items()}
+    small[PROVENANCE] = spec.provenance(contents)
+    contents[PROVENANCE] = (len(small[PROVENANCE]), content_digest(small[PROVENANCE]))
     for path in sorted(small, key=lambda path: (_comes_last(path), path)):
         target.write(path, small[path])
-        contents[path] = (len(small[path]), content_digest(small[path]))
     return contents
 
 

@@ -15,6 +15,7 @@ Memory is bounded by threads x (inputs x request + outputs x leaf), whatever the
 """
 
 import os
+import resource
 import threading
 import time
 from collections import deque
@@ -46,6 +47,9 @@ from ckptfuse.store import PartWriter
 
 #: What the buffers of all threads together may take.
 MEMORY = 160 * 1024 * 1024
+#: Most that is read at once of what is hashed but not merged: headers, other archives.
+UNMERGED = 2 * 1024 * 1024
+SMALLEST_REQUEST = 256 * 1024
 #: Threads where reads wait for a network; elsewhere one a core.
 REMOTE_THREADS = 16
 
@@ -116,7 +120,7 @@ class Pass:
         self._block_elements = block_elements
         self._read = [any(vector[i] for vector in vectors) for i in range(len(inputs.layouts))]
         self._store = inputs.ancillary.checkpoint.store()
-        self._request_size = min(self._store.request_size, MEMORY // (2 * max(1, sum(self._read))))
+        self._request_size = self._choose_request_size()
         self._threads = self._choose_threads()
         self._workers: list[_Worker] = []
         self._local = threading.local()
@@ -147,8 +151,14 @@ class Pass:
     def _open(self, layout: Layout) -> Source:
         store = layout.checkpoint.store()
         files = dict.fromkeys([*layout.files, *layout.item_files])
+        _allow_open_files(len(files) * (2 + len(self._read)))
         readers = {file: self._stack.enter_context(store.reader(file)) for file in files}
         return Source(layout, readers, self._request_size)
+
+    def _choose_request_size(self) -> int:
+        """That of the store, or less where two threads would not have room for it."""
+        room = MEMORY // 2 - len(self.vectors) * digests.LEAF_SIZE
+        return min(self._store.request_size, max(SMALLEST_REQUEST, room // max(1, sum(self._read))))
 
     def _choose_threads(self) -> int:
         each = sum(self._read) * self._request_size + len(self.vectors) * digests.LEAF_SIZE
@@ -206,7 +216,8 @@ class Pass:
         for i in aligned:
             source = self._sources[i]
             assert source is not None
-            buffer = scratch.take(f"unmerged {i}", np.dtype(np.uint8), self._request_size)
+            size = min(self._request_size, UNMERGED)
+            buffer = scratch.take(f"unmerged {i}", np.dtype(np.uint8), size)
             hashes[i] = LeafHash(file, source.readers[file], begin, end, buffer.data)
         return hashes
 
@@ -367,6 +378,15 @@ class Pass:
             "finite; ask for a wider output dtype (fuse.dtype)",
             checkpoint="",
         )
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's own limit where the ranks of a distributed checkpoint exceed it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _place(spans: Sequence[Span], data: Array, begin: int, leaf: Array) -> None:

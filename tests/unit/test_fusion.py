@@ -72,9 +72,16 @@ def test_the_folder_names_its_fusion_and_weights_and_nothing_that_varies(tmp_pat
     three(tmp_path)
     inputs = opened(tmp_path)
     spec = spec_of(inputs, WEIGHTS)
-    write_fusion(inputs, spec, FolderStore(tmp_path / "out"))
+    contents = write_fusion(inputs, spec, FolderStore(tmp_path / "out"))
     about = json.loads((tmp_path / "out" / "fusion.json").read_text())
     assert about["fusion"] == spec.id
+    written = folder_bytes(tmp_path / "out")
+    assert contents == {p: (len(d), digests.content_digest(d)) for p, d in written.items()}
+    assert about["files"] == {
+        path: {"size": size, "hash": found}
+        for path, (size, found) in contents.items()
+        if path != "fusion.json"
+    }
     assert about["weights"] == list(WEIGHTS)
     assert [float.fromhex(weight) for _, weight in about["inputs"]] == list(WEIGHTS)
     card = (tmp_path / "out" / "README.md").read_text()
