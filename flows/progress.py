@@ -14,7 +14,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ckptfuse.merge.passes import Tally
+from ckptfuse.merge.tally import Tally
 
 
 @contextmanager

@@ -13,21 +13,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG, INDEX, METADATA, Contents, fingerprint
-from ckptfuse.digests import LEAF_SIZE, content_digest, leaf_digest, tree_digest
+from ckptfuse.checkpoints import Contents, fingerprint
+from ckptfuse.digests import LEAF_SIZE
 from ckptfuse.errors import ConfigurationError, MissingFile, StoreError
 from ckptfuse.fingerprints import contents_of
 from ckptfuse.fusion import FusionSpec
-from ckptfuse.layouts import is_optimizer
+from ckptfuse.merge.companions import write_companions
 from ckptfuse.merge.hashing import InputHashes
 from ckptfuse.merge.inputs import Inputs
-from ckptfuse.merge.output_files import output_files, weight_index
-from ckptfuse.merge.passes import Pass, Progress, ignore
+from ckptfuse.merge.output_files import output_files
+from ckptfuse.merge.passes import Pass
+from ckptfuse.merge.tally import Progress, ignore
 from ckptfuse.store import FolderStore, Store, remove_folder
 
 #: What an unfinished merge has done; gone once it is whole.
 JOURNAL = ".merged.json"
-PROVENANCE = "fusion.json"
 
 
 def merge_to_stores(
@@ -178,7 +178,7 @@ class _Work:
     def complete(self, spec: FusionSpec, weights: Contents) -> Contents:
         """What else belongs to the folder; then it appears. Returns all its files."""
         place = self.place
-        contents = _write_rest(self.inputs, spec, place, weights)
+        contents = write_companions(self.inputs, spec, place, weights)
         for path in _journals(place):
             place.delete(path)
         if isinstance(self.target, FolderStore) and isinstance(place, FolderStore):
@@ -228,99 +228,3 @@ def _done(place: Store, key: str) -> Contents:
         if about["merge"] == key and present.size == size:
             done[about["file"]] = (size, content)
     return done
-
-
-def _write_rest(inputs: Inputs, spec: FusionSpec, target: Store, weights: Contents) -> Contents:
-    """All that is no weights; ``fusion.json`` names every other file, and its hash."""
-    if inputs.recipe.form == "dcp":
-        contents = weights | _copy_rest(inputs, target)
-        small = _metadata(inputs)
-    else:
-        contents = dict(weights)
-        small = _ancillary_files(inputs)
-    small["README.md"] = spec.model_card()
-    contents |= {path: (len(data), content_digest(data)) for path, data in small.items()}
-    small[PROVENANCE] = spec.provenance(contents)
-    contents[PROVENANCE] = (len(small[PROVENANCE]), content_digest(small[PROVENANCE]))
-    for path in sorted(small, key=lambda path: (_comes_last(path), path)):
-        target.write(path, small[path])
-    return contents
-
-
-def _comes_last(path: str) -> bool:
-    return path == CONFIG or path.rpartition("/")[2] == METADATA
-
-
-def _ancillary_files(inputs: Inputs) -> dict[str, bytes]:
-    """Configuration, tokenizer and index of a Hugging Face folder."""
-    newest = inputs.ancillary.checkpoint
-    source = newest.store()
-    wanted = ANCILLARY_FILES | {INDEX}
-    small = {e.path: source.read(e.path) for e in newest.files if e.path in wanted}
-    if CONFIG not in small:
-        raise ConfigurationError(
-            f"{newest.uri} has no {CONFIG}, which a Hugging Face folder needs; put the model's "
-            "configuration there, or keep the form of the inputs (--form dcp)"
-        )
-    if inputs.recipe.dtype is not None:
-        small[CONFIG] = _with_dtype(small[CONFIG], inputs.recipe.dtype)
-    if INDEX not in small or inputs.recipe.dtype is not None:
-        index = weight_index(output_files(inputs))
-        if index is not None:
-            small[INDEX] = index
-    return small
-
-
-def _with_dtype(config: bytes, dtype: str) -> bytes:
-    values = json.loads(config)
-    key = "torch_dtype" if "torch_dtype" in values else "dtype"
-    return (json.dumps({**values, key: dtype}, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _copy_rest(inputs: Inputs, target: Store) -> Contents:
-    """Whatever else lies beside a distributed checkpoint: a resume may need it."""
-    newest = inputs.ancillary.checkpoint
-    source = newest.store()
-    taken = set(inputs.ancillary.item_files)
-    contents: Contents = {}
-    for entry in newest.files:
-        name = entry.path.rpartition("/")[2]
-        left_out = inputs.recipe.optimizer == "none" and (
-            entry.path.startswith("optim") or name.endswith(".distcp")
-        )
-        if entry.path not in taken and not _comes_last(entry.path) and not left_out:
-            contents[entry.path] = _copy(source, target, entry.path, entry.size)
-    return contents
-
-
-def _copy(source: Store, target: Store, path: str, size: int) -> tuple[int, str]:
-    leaves = []
-    with source.reader(path) as reader, target.writer(path) as out:
-        for start in range(0, size, LEAF_SIZE):
-            data = bytearray(min(LEAF_SIZE, size - start))
-            reader.read_into(start, memoryview(data))
-            leaves.append(leaf_digest(data))
-            out.write(data)
-    return size, tree_digest(leaves)
-
-
-def _metadata(inputs: Inputs) -> dict[str, bytes]:
-    """The newest's .metadata as it is, or for the items that are left; and its config.json."""
-    newest = inputs.ancillary.checkpoint
-    source = newest.store()
-    last = [entry.path for entry in newest.files if _comes_last(entry.path)]
-    small = {path: source.read(path) for path in last}
-    if inputs.recipe.optimizer != "none":
-        return small
-    from ckptfuse.formats.dcp_metadata import encode_metadata
-
-    kept = [entry for entry in inputs.ancillary.entries.values() if not is_optimizer(entry)]
-    starts = {
-        (segment.file, segment.file_start): segment.start
-        for file in output_files(inputs)
-        for segment in file.segments
-    }
-    mine = [p for p in last if p.rpartition("/")[2] == METADATA and not p.startswith("optim")]
-    dropped = [p for p in last if p.startswith("optim")]
-    small |= dict.fromkeys(mine, encode_metadata(kept, starts))
-    return {path: data for path, data in small.items() if path not in dropped}

@@ -9,7 +9,7 @@ from ckptfuse.errors import ConfigurationError
 from ckptfuse.fusion import FusionSpec, Recipe, check_weights
 from ckptfuse.merge.folder import is_unfinished, write_and_identify
 from ckptfuse.merge.inputs import open_inputs
-from ckptfuse.merge.passes import Progress, ignore
+from ckptfuse.merge.tally import Progress, ignore
 from ckptfuse.store import FolderStore, Store, open_store
 
 

@@ -19,10 +19,10 @@ import resource
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from ckptfuse.merge.hashing import InputHashes, LeafHash
 from ckptfuse.merge.inputs import Inputs
 from ckptfuse.merge.output_files import OutputFile, Span, output_files
 from ckptfuse.merge.sources import Source
+from ckptfuse.merge.tally import Progress, Tally, ignore
 from ckptfuse.store import PartWriter
 
 #: What the buffers of all threads together may take.
@@ -52,29 +53,6 @@ UNMERGED = 2 * 1024 * 1024
 SMALLEST_REQUEST = 256 * 1024
 #: Threads where reads wait for a network; elsewhere one a core.
 REMOTE_THREADS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """How far a pass is: bytes, its seconds, and those of all its threads by their work."""
-
-    read: int = 0
-    written: int = 0
-    reading: float = 0.0
-    adding: float = 0.0
-    writing: float = 0.0
-    seconds: float = 0.0
-
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Tally)))
-
-
-#: Called with what was done and the bytes that are to be written in all.
-Progress = Callable[[Tally, int], None]
-
-
-def ignore(tally: Tally, size: int) -> None:
-    """No progress is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
