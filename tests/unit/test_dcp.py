@@ -1,5 +1,6 @@
 """Distributed checkpoints that torch wrote on several processes, merged and resumed from."""
 
+import json
 import os
 import pickle
 import random
@@ -357,3 +358,13 @@ def test_an_optimizer_beside_the_model_is_copied_unless_it_holds_weights(
     without = Recipe(form="dcp", optimizer="none")
     merge_once(str(tmp_path / "without"), uris["masters"], WEIGHTS, recipe=without)
     assert not (tmp_path / "without" / "optimizer_0").exists()
+
+
+def test_a_merge_can_be_merged_again(trained: dict[str, list[Path]], tmp_path: Path) -> None:
+    paths = trained["adamw"]
+    first = merged(paths, tmp_path / "first", form="dcp")
+    second = merged([paths[0], first], tmp_path / "second", form="dcp")
+    about = json.loads((second / "fusion.json").read_text())
+    assert about["files"].keys() == {path.name for path in second.iterdir()} - {"fusion.json"}
+    parts = [loaded(path)["model.1.weight"] for path in (paths[0], first)]
+    assert bits(loaded(second)["model.1.weight"]) == bits(reference(parts, WEIGHTS))
