@@ -1,6 +1,8 @@
 """A transformers model from a state dict, without weights on disk."""
 
+import importlib
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,11 +29,9 @@ def build_model(
     Tied weights are tied again. Raises DamagedCheckpoint naming ``where`` when the weights do not
     fit the configuration: a model with freshly initialised parts must not be scored.
     """
+    load_transformers()
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         hf_config = _config(config, trust_remote_code)
         with torch.device("meta"):
@@ -58,6 +58,29 @@ def build_model(
                 f"{fault.replace('_', ' ')}, first {named}"
             )
     return model.to(numerics.device_class).eval()  # type: ignore[no-any-return]
+
+
+def load_transformers() -> None:
+    """Import what models need of transformers, without what scoring does not.
+
+    Its loss functions and text generation import scikit-learn, pandas and scipy where they find
+    them: a third of a job's start.
+    """
+    if "transformers.modeling_utils" in sys.modules:
+        return
+    unneeded = [name for name in ("sklearn", "pandas", "scipy") if name not in sys.modules]
+    for name in unneeded:
+        sys.modules[name] = None  # type: ignore[assignment]  # to the import system: not installed
+    try:
+        for module in ("transformers.modeling_utils", "transformers.models.auto.modeling_auto"):
+            importlib.import_module(module)
+    finally:
+        for name in unneeded:
+            del sys.modules[name]
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def vocabulary_size(model: Any) -> int:

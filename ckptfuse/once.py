@@ -11,11 +11,12 @@ from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.conversion import model_config
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.errors import CkptfuseError
+from ckptfuse.jobs import run_job
 from ckptfuse.layouts import read_layout
 from ckptfuse.params import CorpusParams, Domain, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
 from ckptfuse.records import DomainScore, Records, ScoreRecord
-from ckptfuse.scoring import numerics, run_job
+from ckptfuse.scoring import numerics
 from ckptfuse.store import FolderStore, open_store
 
 DEFAULT_BLOCK_LENGTH = 1_024

@@ -1,42 +1,32 @@
-"""The parent's side of scoring: numerics of this machine, blocks on disk, jobs as processes."""
+"""What a scoring job is asked: this machine's numerics, blocks on disk, models without records."""
 
 import json
 import math
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from pydantic import TypeAdapter, ValidationError
 
 from ckptfuse import blocks as blocks_module
 from ckptfuse import conversion
 from ckptfuse.blocks import block_digest, load_tokenizer, tokenizer_files_digest
 from ckptfuse.corpus import SPLITS, Corpus, Split, documents_of, read_corpus
 from ckptfuse.digests import digest
-from ckptfuse.errors import CorpusError, JobError, MissingFile
+from ckptfuse.errors import CorpusError, MissingFile
+from ckptfuse.jobs import ModelScores, run_job
 from ckptfuse.losses import Estimate, Losses
 from ckptfuse.params import Params, ScoringParams
-from ckptfuse.processes import end_with_parent
 from ckptfuse.protocol import (
     BlockSet,
     Event,
-    Failed,
     Model,
     Numerics,
-    Read,
     Reading,
     Request,
-    Scored,
     score_key,
 )
 from ckptfuse.records import DomainScore, Records, ScoreRecord
 from ckptfuse.store import open_store, split_uri, throttle
-
-_EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 def numerics(params: ScoringParams) -> Numerics:
@@ -62,73 +52,6 @@ def _device() -> str:
 
 def _default_dtype(device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """What a job said of one model of its request."""
-
-    fingerprint: str | None = None
-    architecture: str | None = None
-    scored: Scored | None = None
-    failed: Failed | None = None
-
-
-def run_job(
-    request: Request, *, progress: Callable[[Event], None] = lambda event: None
-) -> list[ModelScores]:
-    """Run one scoring job to its end; one answer per model of the request.
-
-    Raises JobError when the process dies or stops before it has spoken of every model.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "request.json")
-        path.write_text(request.model_dump_json())
-        errors = Path(folder, "stderr")
-        with (
-            errors.open("wb") as error_file,
-            subprocess.Popen(
-                [sys.executable, "-m", "ckptfuse.job", str(path)],
-                stdout=subprocess.PIPE,
-                stderr=error_file,
-                text=True,
-                preexec_fn=end_with_parent,
-            ) as process,
-        ):
-            assert process.stdout is not None
-            try:
-                events = _listen(process.stdout, progress)
-            except BaseException:
-                process.kill()
-                raise
-        answers = [_answer(index, events) for index in range(len(request.models))]
-        if process.returncode != 0 or not all(a.scored or a.failed for a in answers):
-            tail = errors.read_text(errors="replace")[-2000:]
-            raise JobError(f"the scoring job ended with status {process.returncode}:\n{tail}")
-    return answers
-
-
-def _listen(lines: object, progress: Callable[[Event], None]) -> list[Event]:
-    events = []
-    for line in lines:  # type: ignore[attr-defined]
-        try:
-            event = _EVENTS.validate_json(line)
-        except ValidationError:  # a library's print, not ours
-            continue
-        progress(event)
-        events.append(event)
-    return events
-
-
-def _answer(index: int, events: Sequence[Event]) -> ModelScores:
-    mine = [event for event in events if event.model == index]
-    read = next((event for event in mine if isinstance(event, Read)), None)
-    return ModelScores(
-        fingerprint=read.fingerprint if read else None,
-        architecture=read.architecture if read else None,
-        scored=next((event for event in mine if isinstance(event, Scored)), None),
-        failed=next((event for event in mine if isinstance(event, Failed)), None),
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,20 +133,21 @@ def test_a_scoring_job_ends_with_the_service_that_started_it(
         cwd=project.folder,
         env=environment(),
     )
-    job = _wait_for_child(service, "ckptfuse.job")
+    server = _wait_for_child(service.pid, "ckptfuse.job_forkserver")
+    job = _wait_for_child(server, "ckptfuse.job_forkserver")
     service.kill()
     service.wait()
     for _ in range(100):
-        if not Path(f"/proc/{job}").exists():
+        if not any(Path(f"/proc/{left}").exists() for left in (server, job)):
             return
         time.sleep(0.1)
     pytest.fail("the scoring job outlived its service")
 
 
-def _wait_for_child(process: subprocess.Popen[bytes], words: str) -> int:
+def _wait_for_child(parent: int, words: str) -> int:
     for _ in range(1200):
-        assert process.poll() is None, "the service ended before it scored"
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = Path(f"/proc/{parent}/task/{parent}/children")
+        assert children.exists(), "it ended before it scored"
         for child in children.read_text().split():
             command = Path(f"/proc/{child}/cmdline")
             if command.exists() and words in command.read_text():

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from ckptfuse.checkpoints import Checkpoint, config_identity
 from ckptfuse.errors import CkptfuseError, JobError, NonFiniteValues
+from ckptfuse.jobs import ModelScores
 from ckptfuse.layouts import read_layout
 from ckptfuse.plan import Quarantine
 from ckptfuse.protocol import CheckpointModel, Failed, Input, MergeModel
 from ckptfuse.records import CheckpointRecord, FusionRecord, PlanRecord
-from ckptfuse.scoring import ModelScores, TokenizerSource
+from ckptfuse.scoring import TokenizerSource
 from ckptfuse.service import Service
 from ckptfuse.steps.look import quarantine
 from ckptfuse.window import generation_of, segment_of

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptfuse import blocks as blocks_module
-from ckptfuse import job
+from ckptfuse import job, jobs
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import JobError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec
+from ckptfuse.jobs import ModelScores, run_job
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.modeling import build_model
@@ -34,7 +35,6 @@ from ckptfuse.protocol import (
 )
 from ckptfuse.reading import load
 from ckptfuse.records import Records, ScoreRecord
-from ckptfuse.scoring import ModelScores, run_job
 from ckptfuse.store import FolderStore
 from tests.helpers import blocks_of_lengths
 
@@ -237,3 +237,53 @@ def test_infinite_losses_of_finite_weights_are_non_finite(
     (failed,) = [event for event in said if event["event"] == "failed"]
     assert failed["error"] == "non-finite"
     assert "although every weight is finite" in failed["reason"]
+
+
+def test_jobs_of_one_process_share_what_they_load_and_nothing_else(
+    tmp_path: Path, llamas: list[Path]
+) -> None:
+    run_job(request_of(tmp_path, checkpoint(llamas[0])))
+    (server,) = jobs._idle
+    run_job(request_of(tmp_path, checkpoint(llamas[1])))
+    assert jobs._idle == [server]
+    children = Path(f"/proc/{server._process.pid}/task/{server._process.pid}/children")
+    assert children.read_text() == ""
+
+
+def test_a_job_takes_this_processs_environment_and_folder_as_they_are_now(
+    tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(request_of(tmp_path, checkpoint(llamas[0])))
+    monkeypatch.chdir(llamas[1].parent)
+    relative = checkpoint(Path(llamas[1].name))
+    assert run_job(request_of(tmp_path, relative))[0].scored is not None
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    (answer,) = run_job(request_of(tmp_path, CheckpointModel(input=Input(uri="s3://away/x"))))
+    assert answer.failed is not None
+    assert "(nobody)" in answer.failed.reason
+
+
+def test_a_job_that_is_broken_off_ends_and_the_next_one_runs(
+    tmp_path: Path, llamas: list[Path]
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run_job(request_of(tmp_path, checkpoint(llamas[0])), progress=stop)
+    (answer,) = run_job(request_of(tmp_path, checkpoint(llamas[0])))
+    assert answer.scored is not None
+
+
+def test_a_fork_server_that_was_killed_between_jobs_is_replaced(
+    tmp_path: Path, llamas: list[Path]
+) -> None:
+    run_job(request_of(tmp_path, checkpoint(llamas[0])))
+    (server,) = jobs._idle
+    server._process.kill()
+    server._process.wait()
+    (answer,) = run_job(request_of(tmp_path, checkpoint(llamas[1])))
+    assert answer.scored is not None

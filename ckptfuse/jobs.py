@@ -1,0 +1,164 @@
+"""The parent's side of scoring jobs: start one, listen to it, and never leave one behind.
+
+Loading torch and transformers takes a job longer than scoring a small model does. So jobs are
+forked from a process that has both loaded (job_forkserver.py), started with the first job and
+kept for the next ones::
+
+    this process --request--> fork server --fork--> job --JSON lines--> this process
+                                   |                 '-- ends, its memory returns
+                                   '-- ends when this process does, however that happens
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pydantic import TypeAdapter, ValidationError
+
+from ckptfuse.errors import JobError
+from ckptfuse.job_forkserver import Ended, Job
+from ckptfuse.protocol import Event, Failed, Read, Request, Scored
+
+_SAID: TypeAdapter[Event | Ended] = TypeAdapter(Event | Ended)
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What a job said of one model of its request."""
+
+    fingerprint: str | None = None
+    architecture: str | None = None
+    scored: Scored | None = None
+    failed: Failed | None = None
+
+
+def run_job(
+    request: Request, *, progress: Callable[[Event], None] = lambda event: None
+) -> list[ModelScores]:
+    """Run one scoring job to its end; one answer per model of the request.
+
+    Raises JobError when the process dies or stops before it has spoken of every model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path, errors = Path(folder, "request.json"), Path(folder, "stderr")
+        path.write_text(request.model_dump_json())
+        errors.touch()
+        job = Job(
+            request=str(path),
+            stderr=str(errors),
+            folder=str(Path.cwd()),
+            environment=dict(os.environ),
+        )
+        events: list[Event] = []
+        status = None
+        with _fork_server() as server:
+            for said in server.run(job):
+                if isinstance(said, Ended):
+                    status = said.status
+                else:
+                    progress(said)
+                    events.append(said)
+        answers = [_answer(index, events) for index in range(len(request.models))]
+        if status != 0 or not all(a.scored or a.failed for a in answers):
+            tail = errors.read_text(errors="replace")[-2000:]
+            raise JobError(f"the scoring job ended with status {status}:\n{tail}")
+    return answers
+
+
+def _answer(index: int, events: Sequence[Event]) -> ModelScores:
+    mine = [event for event in events if event.model == index]
+    read = next((event for event in mine if isinstance(event, Read)), None)
+    return ModelScores(
+        fingerprint=read.fingerprint if read else None,
+        architecture=read.architecture if read else None,
+        scored=next((event for event in mine if isinstance(event, Scored)), None),
+        failed=next((event for event in mine if isinstance(event, Failed)), None),
+    )
+
+
+class _ForkServer:
+    """A running job_forkserver.py. It ends when its standard input does."""
+
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ckptfuse.job_forkserver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def run(self, job: Job) -> Iterator[Event | Ended]:
+        """What the job says, and at last how it ended."""
+        lines, requests = self._pipes()
+        try:
+            requests.write(job.model_dump_json() + "\n")
+            requests.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        for line in lines:
+            try:
+                said = _SAID.validate_json(line)
+            except ValidationError:  # a library's print, not ours
+                continue
+            yield said
+            if isinstance(said, Ended):
+                return
+        raise self._died()
+
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        return self._process.stdout, self._process.stdin
+
+    def _died(self) -> JobError:
+        status = self._process.wait()
+        self._errors.seek(0)
+        tail = self._errors.read().decode(errors="replace")[-2000:]
+        return JobError(f"the process that starts scoring jobs ended with status {status}:\n{tail}")
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End it and the job that it runs."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (*self._pipes(), self._errors):
+            pipe.close()
+
+
+_idle: list[_ForkServer] = []
+_idle_lock = threading.Lock()
+# A fork of this process shares our pipes: it must not send its requests into them.
+os.register_at_fork(after_in_child=_idle.clear)
+
+
+@contextmanager
+def _fork_server() -> Iterator[_ForkServer]:
+    """A fork server to ourselves; kept for the next job unless this one was broken off."""
+    server = _idle_server() or _ForkServer()
+    try:
+        yield server
+    except BaseException:
+        server.kill()
+        raise
+    with _idle_lock:
+        _idle.append(server)
+
+
+def _idle_server() -> _ForkServer | None:
+    with _idle_lock:
+        while _idle:
+            server = _idle.pop()
+            if server.is_alive():
+                return server
+    return None
