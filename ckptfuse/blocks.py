@@ -1,15 +1,6 @@
-"""Token blocks: the documents of one split, tokenised once and packed into equal contexts.
+"""Token blocks: the documents of one split, tokenised once and cut into contexts (cut.py).
 
-Documents follow one another, each preceded by the tokenizer's begin-of-sequence token (or its
-end-of-sequence token when it has no other), and the stream is cut into contexts of L tokens::
-
-    stream    B d d d d B d d B d d d d d d
-    context 0 |---------|
-    context 1         |---------|            the last token of one is the first of the next,
-    context 2                 |-----|        so every token but the stream's first is predicted once
-
-No token is padded; the last context of a domain may be shorter. Blocks are stored as
-memory-mapped arrays in a folder named by their digest.
+No token is padded. Blocks are stored as memory-mapped arrays in a folder named by their digest.
 """
 
 import json
@@ -18,7 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,11 +19,12 @@ from numpy.typing import NDArray
 
 from ckptfuse.checkpoints import TOKENIZER_FILES
 from ckptfuse.corpus import Document
+from ckptfuse.cut import Cut, Span
 from ckptfuse.digests import content_digest, digest
 from ckptfuse.errors import CorpusError
 from ckptfuse.store import Store
 
-_ARRAYS = ("tokens", "starts", "lengths", "domain", "document", "bytes")
+_ARRAYS = ("tokens", "starts", "lengths", "context", "domain", "document", "bytes")
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,8 @@ class Blocks:
     """Contexts to score, grouped by domain.
 
     ``tokens`` int32 [T] is the stream; block b is ``tokens[starts[b] : starts[b] + lengths[b]]``
-    and predicts all of its tokens but the first. ``domain`` int32 [B] indexes ``domains``;
+    and predicts all of its tokens but the first ``context[b]`` (int32 [B], at least 1), which are
+    only read. ``domain`` int32 [B] indexes ``domains``;
     ``document`` int32 [B] is the document that most of the block's predicted tokens come from:
     the cluster of standard errors; ``bytes`` int64 [B] counts the UTF-8 bytes of the predicted
     tokens.
@@ -51,6 +44,7 @@ class Blocks:
     tokens: NDArray[np.int32]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int32]
+    context: NDArray[np.int32]
     domain: NDArray[np.int32]
     document: NDArray[np.int32]
     bytes: NDArray[np.int64]
@@ -61,7 +55,7 @@ class Blocks:
     @cached_property
     def predicted(self) -> NDArray[np.int64]:
         """Predicted tokens of each block, int64 [B]."""
-        return self.lengths.astype(np.int64) - 1
+        return (self.lengths - self.context).astype(np.int64)
 
     def block(self, index: int) -> NDArray[np.int32]:
         start = int(self.starts[index])
@@ -77,9 +71,9 @@ class Tokenizer:
     digest: str
 
 
-def block_digest(*, corpus: str, tokenizer: str, split: str, block_length: int, bos: str) -> str:
+def block_digest(*, corpus: str, tokenizer: str, split: str, cut: Cut) -> str:
     """Names a set of blocks by all that decides it, before any text is tokenised."""
-    return digest(["packed-1", corpus, tokenizer, split, block_length, bos])
+    return digest(["blocks-2", corpus, tokenizer, split, *astuple(cut)])
 
 
 def tokenizer_files_digest(store: Store) -> str | None:
@@ -128,25 +122,31 @@ def build(
     tokenizer: Tokenizer,
     *,
     digest: str,
-    block_length: int,
-    bos: str = "document",
+    cut: Cut,
     tokens: int | None = None,
     tokens_per_document: int | None = None,
 ) -> Blocks:
-    """Tokenise and pack each domain's documents, up to ``tokens`` of them a domain.
+    """Tokenise and cut each domain's documents, up to ``tokens`` of them a domain.
 
-    Raises CorpusError naming a domain that yields nothing to predict.
+    Raises CorpusError naming a domain that yields nothing to predict, and for the rolling layout
+    with a tokenizer that has no begin-of-sequence token.
     """
-    separator = tokenizer.separator if bos == "document" else None
+    separator = tokenizer.separator if cut.bos == "document" else None
+    if cut.layout == "rolling" and separator is None:
+        raise CorpusError(
+            "scoring.layout 'rolling' needs a begin- or end-of-sequence token, and the tokenizer "
+            "has neither; use layout 'packed'"
+        )
     parts = []
     for code, (name, texts) in enumerate(documents.items()):
         stream = _stream(texts, tokenizer, separator, tokens, tokens_per_document)
-        if len(stream[0]) < 2:
+        spans = cut.spans(stream.owners)
+        if not spans:
             raise CorpusError(
                 f"domain {name!r} has {len(texts)} documents in this split and nothing to predict; "
                 "give it more text or a larger share"
             )
-        parts.append(_pack(*stream, code=code, block_length=block_length))
+        parts.append(_blocks(stream, spans, code))
     offsets = np.cumsum([0] + [len(part["tokens"]) for part in parts[:-1]])
     documents_before = np.cumsum([0] + [int(part["document"].max()) + 1 for part in parts[:-1]])
     for part, offset, before in zip(parts, offsets, documents_before, strict=True):
@@ -156,15 +156,24 @@ def build(
     return Blocks(digest, tuple(documents), **arrays)
 
 
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One domain's tokens, all arrays [T]: UTF-8 bytes and index of the document of each."""
+
+    tokens: NDArray[np.int32]
+    sizes: NDArray[np.int64]
+    owners: NDArray[np.int32]
+
+
 def _stream(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     separator: int | None,
     budget: int | None,
     per_document: int | None,
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
-    """Tokens, UTF-8 bytes of each token, and index of each token's document."""
-    tokens, sizes, owners = [], [], []
+) -> _Stream:
+    tokens, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    owners = [np.empty(0, np.int32)]
     total = 0
     for index, document in enumerate(documents):
         if budget is not None and total >= budget:
@@ -181,9 +190,7 @@ def _stream(
         sizes.append(byte_counts[:keep].astype(np.int64))
         owners.append(np.full(keep, index, dtype=np.int32))
         total += keep
-    if not tokens:
-        return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32)
-    return np.concatenate(tokens), np.concatenate(sizes), np.concatenate(owners)
+    return _Stream(np.concatenate(tokens), np.concatenate(sizes), np.concatenate(owners))
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.int64]]:
@@ -213,25 +220,20 @@ def _byte_positions(text: str) -> NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(widths)])
 
 
-def _pack(
-    tokens: NDArray[np.int32],
-    sizes: NDArray[np.int64],
-    owners: NDArray[np.int32],
-    *,
-    code: int,
-    block_length: int,
-) -> dict[str, Any]:
-    starts = np.arange(0, len(tokens) - 1, block_length - 1, dtype=np.int64)
-    ends = np.minimum(starts + block_length, len(tokens))
-    byte_sums = np.concatenate([[0], np.cumsum(sizes)])
-    cluster = [np.bincount(owners[s + 1 : e]).argmax() for s, e in zip(starts, ends, strict=True)]
+def _blocks(stream: _Stream, spans: Sequence[Span], code: int) -> dict[str, Any]:
+    starts, ends, context = np.asarray(spans, dtype=np.int64).T
+    byte_sums = np.concatenate([[0], np.cumsum(stream.sizes)])
+    cluster = [
+        np.bincount(stream.owners[start + read : end]).argmax() for start, end, read in spans
+    ]
     return {
-        "tokens": tokens,
+        "tokens": stream.tokens,
         "starts": starts,
         "lengths": (ends - starts).astype(np.int32),
+        "context": context.astype(np.int32),
         "domain": np.full(len(starts), code, dtype=np.int32),
         "document": np.asarray(cluster, dtype=np.int32),
-        "bytes": byte_sums[ends] - byte_sums[starts + 1],
+        "bytes": byte_sums[ends] - byte_sums[starts + context],
     }
 
 

@@ -8,8 +8,10 @@ Records that are there already are not computed again. One model's failure does 
 import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,36 +19,37 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 import torch
-from numpy.typing import NDArray
 
-from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.conversion import convert
+from ckptfuse.engines import by_command, by_model
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
 from ckptfuse.fusion import Recipe
-from ckptfuse.losses import Losses, bits_per_byte
-from ckptfuse.merge.inputs import open_inputs
+from ckptfuse.merge.folder import write_and_identify
+from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
-from ckptfuse.modeling import build_model, vocabulary_size
-from ckptfuse.perplexity import score_blocks
+from ckptfuse.modeling import build_model
+from ckptfuse.perplexity import BlockLosses
 from ckptfuse.protocol import (
     BlockSet,
     CheckpointModel,
+    EngineRequest,
     Failed,
     Input,
     MergeModel,
     Message,
     Model,
+    Notice,
     Progress,
     Read,
     Reading,
     Request,
     Scored,
-    score_key,
 )
 from ckptfuse.reading import Loaded, load
-from ckptfuse.records import Arrays, DomainScore, Records, ScoreRecord
+from ckptfuse.records import Records
+from ckptfuse.score_records import is_recorded, losses_of, write_score
 from ckptfuse.store import open_store, throttle
 
 _Weights = tuple[Mapping[str, object], Mapping[str, torch.Tensor]]  # configuration, state dict
@@ -57,9 +60,11 @@ def run(request: Request) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     records = Records(open_store(request.records))
+    # On a CPU the reading would take from the scoring, and the memory is the same.
+    checkpoints = _Checkpoints(request.models, ahead=request.numerics.device_class != "cpu")
     for index, model in enumerate(request.models):
         try:
-            _score_model(index, model, request, records)
+            _score_model(index, model, request, records, checkpoints)
         except NonFiniteValues as error:
             _emit(
                 Failed(
@@ -77,10 +82,35 @@ def run(request: Request) -> None:
             _emit(Failed(model=index, error="other", reason=str(error)))
 
 
-def _score_model(index: int, model: Model, request: Request, records: Records) -> None:
+class _Checkpoints:
+    """The request's checkpoints, in order; with ``ahead``, one is read while another is scored."""
+
+    def __init__(self, models: Sequence[Model], *, ahead: bool) -> None:
+        self._models = models
+        self._ahead = ahead
+        self._reader = ThreadPoolExecutor(1)
+        self._reading: dict[int, Future[Loaded]] = {}
+
+    def take(self, index: int) -> Loaded:
+        """The checkpoint at this index of the request; it is the caller's alone from here on."""
+        self._read(index)
+        loaded = self._reading.pop(index).result()
+        if self._ahead:
+            self._read(index + 1)
+        return loaded
+
+    def _read(self, index: int) -> None:
+        model = self._models[index] if index < len(self._models) else None
+        if isinstance(model, CheckpointModel) and index not in self._reading:
+            self._reading[index] = self._reader.submit(_load, model.input)
+
+
+def _score_model(
+    index: int, model: Model, request: Request, records: Records, checkpoints: _Checkpoints
+) -> None:
     started = time.perf_counter()
     if isinstance(model, CheckpointModel):
-        loaded = _load(model.input)
+        loaded = checkpoints.take(index)
         model_id, where = loaded.fingerprint, model.input.uri
         read = partial(_read, loaded)
         _emit(Read(model=index, fingerprint=model_id, architecture=loaded.layout.architecture))
@@ -90,25 +120,88 @@ def _score_model(index: int, model: Model, request: Request, records: Records) -
     todo = [
         item
         for item in request.blocks
-        if not records.has(ScoreRecord, _key(model_id, item, request))
+        if not is_recorded(
+            records, model_id=model_id, blocks=item.digest, numerics=request.numerics
+        )
     ]
     predicted = 0
     if todo:
-        config, state_dict = read()
-        if request.model is not None:
-            config, state_dict = convert(request.converter, request.model, state_dict, where)
-        network = build_model(
-            config,
-            state_dict,
-            numerics=request.numerics,
-            where=where,
-            trust_remote_code=request.trust_remote_code,
+        engine = (
+            _command_engine(model, request, todo)
+            if request.command
+            else (_own_engine(index, read, request, todo, where))
         )
-        del state_dict
-        for item in todo:
-            predicted += _score_blocks(index, network, model_id, item, request, records, where)
+        for item, blocks, found in engine:
+            losses = losses_of(blocks, found.nll)
+            if not math.isfinite(float(found.nll.sum())):
+                raise NonFiniteValues(
+                    f"{where}: the loss is NaN or Inf on {item.split} text although every weight "
+                    "is finite",
+                    checkpoint=where,
+                )
+            write_score(
+                records,
+                losses,
+                model_id=model_id,
+                split=item.split,
+                numerics=request.numerics,
+                batch_tokens=found.batch_tokens,
+            )
+            predicted += int(losses.tokens.sum())
     seconds = time.perf_counter() - started
     _emit(Scored(model=index, model_id=model_id, seconds=round(seconds, 3), tokens=predicted))
+
+
+def _own_engine(
+    index: int,
+    read: Callable[[], _Weights],
+    request: Request,
+    todo: Sequence[BlockSet],
+    where: str,
+) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
+    config, state_dict = read()
+    if request.model is not None:
+        config, state_dict = convert(request.converter, request.model, state_dict, where)
+    network = build_model(
+        config,
+        state_dict,
+        numerics=request.numerics,
+        where=where,
+        split=request.split,
+        trust_remote_code=request.trust_remote_code,
+    )
+    del state_dict
+    yield from by_model(
+        network,
+        todo,
+        batch_tokens=request.batch_tokens,
+        where=where,
+        progress=lambda total, done: _emit(Progress(model=index, done=done, total=total)),
+        notice=lambda text: _emit(Notice(model=index, text=text)),
+    )
+
+
+def _command_engine(
+    model: Model, request: Request, todo: Sequence[BlockSet]
+) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
+    """A merge is written to a folder for the command, unless it is one that lies there already."""
+    with tempfile.TemporaryDirectory(prefix="merge-", dir=request.scratch) as folder:
+        if isinstance(model, CheckpointModel):
+            uri = model.input.uri
+        elif model.weights == (1.0,):
+            uri = model.inputs[0].uri
+        else:
+            uri = f"{folder}/model"
+            inputs, weights = _inputs(model)
+            write_and_identify(inputs, weights, model.fusion, open_store(uri))
+        asked = EngineRequest(
+            model=uri,
+            blocks=tuple(todo),
+            numerics=request.numerics,
+            batch_tokens=request.batch_tokens,
+            threads=request.threads,
+        )
+        yield from by_command(request.command, asked)
 
 
 def _load(source: Input) -> Loaded:
@@ -126,100 +219,16 @@ def _read(loaded: Loaded) -> _Weights:
 
 
 def _merge(model: MergeModel) -> _Weights:
+    inputs, weights = _inputs(model)
+    return inputs.ancillary.config, merge_to_memory(inputs, weights)
+
+
+def _inputs(model: MergeModel) -> tuple[Inputs, list[float]]:
     used = [(i, w) for i, w in zip(model.inputs, model.weights, strict=True) if w]
     checkpoints = [open_checkpoint(item.uri, item.signature) for item, _ in used]
     ancillary = open_checkpoint(model.ancillary.uri, model.ancillary.signature)
     recipe = Recipe(dtype=model.dtype, copied=model.copied)
-    inputs = open_inputs(checkpoints, ancillary, recipe)
-    return inputs.ancillary.config, merge_to_memory(inputs, [weight for _, weight in used])
-
-
-def _score_blocks(
-    index: int,
-    network: torch.nn.Module,
-    model_id: str,
-    item: BlockSet,
-    request: Request,
-    records: Records,
-    where: str,
-) -> int:
-    blocks = blocks_module.load(item.folder)
-    _check_length(network, blocks, where)
-    nll = score_blocks(
-        network,
-        blocks,
-        vocabulary=vocabulary_size(network),
-        batch_tokens=request.batch_tokens,
-        progress=lambda done: _emit(Progress(model=index, done=done, total=len(blocks))),
-    )
-    if not math.isfinite(float(nll.sum())):
-        raise NonFiniteValues(
-            f"{where}: the loss is NaN or Inf on {item.split} text although every weight is finite",
-            checkpoint=where,
-        )
-    losses = losses_of(blocks, nll)
-    record = ScoreRecord(
-        model=model_id,
-        blocks=item.digest,
-        split=item.split,
-        numerics=request.numerics.key,
-        batch_tokens=request.batch_tokens,
-        domains=summarise(losses),
-    )
-    arrays: Arrays = {
-        "nll": losses.nll,
-        "tokens": losses.tokens,
-        "bytes": losses.bytes,
-        "domain": losses.domain,
-        "document": losses.document,
-    }
-    records.put(_key(model_id, item, request), record, arrays)
-    return int(losses.tokens.sum())
-
-
-def _check_length(network: torch.nn.Module, blocks: Blocks, where: str) -> None:
-    longest = getattr(getattr(network, "config", None), "max_position_embeddings", None)
-    block = int(blocks.lengths.max())
-    if isinstance(longest, int) and block > longest:
-        raise CkptfuseError(
-            f"{where}: blocks of {block} tokens exceed the model's {longest} positions; set "
-            f"scoring.block_length to {longest} or less"
-        )
-
-
-def losses_of(blocks: Blocks, nll: NDArray) -> Losses:  # type: ignore[type-arg]
-    return Losses(
-        blocks.digest,
-        blocks.domains,
-        nll=nll,
-        tokens=blocks.predicted,
-        bytes=blocks.bytes,
-        domain=blocks.domain,
-        document=blocks.document,
-    )
-
-
-def summarise(losses: Losses) -> dict[str, DomainScore]:
-    """Per domain: loss, standard error, perplexity, bits per byte and what they rest on."""
-    summary = {}
-    for name, estimate in losses.by_domain().items():
-        tokens, byte_count = losses.totals(name)
-        bits = bits_per_byte(estimate.mean, tokens=tokens, byte_count=byte_count)
-        error = estimate.standard_error
-        summary[name] = DomainScore(
-            loss=estimate.mean,
-            standard_error=error if math.isfinite(error) else None,
-            perplexity=math.exp(estimate.mean) if estimate.mean < 700 else None,
-            bits_per_byte=bits if math.isfinite(bits) else None,
-            tokens=tokens,
-            bytes=byte_count,
-            documents=estimate.documents,
-        )
-    return summary
-
-
-def _key(model_id: str, item: BlockSet, request: Request) -> str:
-    return score_key(model_id=model_id, blocks=item.digest, numerics=request.numerics)
+    return open_inputs(checkpoints, ancillary, recipe), [weight for _, weight in used]
 
 
 def _culprit(model: Model, error: NonFiniteValues) -> str | None:

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,44 @@ class ModelScores:
     failed: Failed | None = None
 
 
+def run_jobs(
+    request: Request,
+    slots: Sequence[Mapping[str, str]],
+    *,
+    progress: Callable[[Event], None] = lambda event: None,
+) -> list[ModelScores]:
+    """Run a request as one job a slot (devices.py), at once; one answer per model, in order.
+
+    Raises JobError when one of the jobs does, after all have ended.
+    """
+    count = min(len(slots), len(request.models))
+    if count <= 1:
+        return run_job(request, progress=progress, environment=slots[0])
+
+    def run_share(share: int) -> list[ModelScores]:
+        def tell(event: Event) -> None:
+            progress(event.model_copy(update={"model": event.model * count + share}))
+
+        models = request.models[share::count]
+        mine = request.model_copy(update={"models": models})
+        return run_job(mine, progress=tell, environment=slots[share])
+
+    with ThreadPoolExecutor(count) as pool:
+        shares = [pool.submit(run_share, share) for share in range(count)]
+    answers = [share.result() for share in shares]
+    return [answers[index % count][index // count] for index in range(len(request.models))]
+
+
 def run_job(
-    request: Request, *, progress: Callable[[Event], None] = lambda event: None
+    request: Request,
+    *,
+    progress: Callable[[Event], None] = lambda event: None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[ModelScores]:
     """Run one scoring job to its end; one answer per model of the request.
 
-    Raises JobError when the process dies or stops before it has spoken of every model.
+    ``environment`` is added to this process's. Raises JobError when the job dies or stops before
+    it has spoken of every model.
     """
     with tempfile.TemporaryDirectory() as folder:
         path, errors = Path(folder, "request.json"), Path(folder, "stderr")
@@ -54,7 +87,7 @@ def run_job(
             request=str(path),
             stderr=str(errors),
             folder=str(Path.cwd()),
-            environment=dict(os.environ),
+            environment={**os.environ, **(environment or {})},
         )
         events: list[Event] = []
         status = None

@@ -22,12 +22,15 @@ def build_model(
     *,
     numerics: Numerics,
     where: str,
+    split: bool = False,
     trust_remote_code: bool = False,
 ) -> torch.nn.Module:
     """The causal language model of ``config`` with these weights, ready to score.
 
-    Tied weights are tied again. Raises DamagedCheckpoint naming ``where`` when the weights do not
-    fit the configuration: a model with freshly initialised parts must not be scored.
+    Tied weights are tied again. ``split`` spreads the layers over the visible GPUs (accelerate's
+    device_map), for a model that one cannot hold. Raises DamagedCheckpoint naming ``where`` when
+    the weights do not fit the configuration: a model with freshly initialised parts must not be
+    scored.
     """
     load_transformers()
     from transformers import AutoModelForCausalLM
@@ -44,6 +47,7 @@ def build_model(
             state_dict=dict(state_dict),
             dtype=_DTYPES[numerics.dtype],
             attn_implementation=numerics.attention,
+            device_map="auto" if split else None,
             output_loading_info=True,
         )
     except (ValueError, KeyError, RuntimeError, ImportError, OSError) as error:
@@ -57,7 +61,9 @@ def build_model(
                 f"{where}: the weights do not fit config.json: {len(info[fault])} "
                 f"{fault.replace('_', ' ')}, first {named}"
             )
-    return model.to(numerics.device_class).eval()  # type: ignore[no-any-return]
+    if not split:
+        model = model.to(numerics.device_class)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def load_transformers() -> None:
@@ -66,8 +72,6 @@ def load_transformers() -> None:
     Its loss functions and text generation import scikit-learn, pandas and scipy where they find
     them: a third of a job's start.
     """
-    if "transformers.modeling_utils" in sys.modules:
-        return
     unneeded = [name for name in ("sklearn", "pandas", "scipy") if name not in sys.modules]
     for name in unneeded:
         sys.modules[name] = None  # type: ignore[assignment]  # to the import system: not installed

@@ -73,9 +73,7 @@ def score_once(
     source = load_tokenizer(open_store(tokenizer or model or checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         name = _digest(corpus, source.digest, split, params)
-        built = blocks_module.build(
-            documents, source, digest=name, block_length=length, bos=params.bos
-        )
+        built = blocks_module.build(documents, source, digest=name, cut=params.cut)
         blocks_module.save(built, Path(folder, "blocks"))
         records = Records(FolderStore(Path(folder, "records")))
         request = Request(
@@ -108,6 +106,5 @@ def _digest(corpus: Corpus, tokenizer: str, split: Split | None, params: Scoring
         corpus=corpus.digest,
         tokenizer=tokenizer,
         split=split or "all",
-        block_length=params.block_length,
-        bos=params.bos,
+        cut=params.cut,
     )

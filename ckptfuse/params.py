@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from ckptfuse.cut import Cut
 from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.names import check_pattern
@@ -74,15 +75,33 @@ class CorpusParams(Section):
 
 class ScoringParams(Section):
     block_length: int = Field(default=1_024, ge=2)
+    layout: Literal["packed", "rolling"] = "packed"
+    stride: int | None = None
     bos: Literal["document", "none"] = "document"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    batch_tokens: int = Field(default=8_192, gt=0)
+    batch_tokens: int | None = Field(default=None, gt=0)
     threads: int | None = Field(default=None, gt=0)
+    gpus_per_job: int = Field(default=1, ge=1)
     trust_remote_code: bool = False
     converter: str | None = None
     model: str | None = None
+    command: tuple[str, ...] = ()
+    every: int = Field(default=1, ge=1)
+    hours_per_day: float | None = Field(default=None, gt=0)
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.block_length, layout=self.layout, stride=self.stride, bos=self.bos)
+
+    @model_validator(mode="after")
+    def _blocks_can_be_cut(self) -> "ScoringParams":
+        try:
+            _ = self.cut
+        except ConfigurationError as error:  # pydantic adds the key only to a ValueError
+            raise ValueError(str(error)) from error
+        return self
 
 
 class WindowParams(Section):
@@ -157,8 +176,10 @@ class Params(BaseSettings):
         env_prefix="CKPTFUSE_", env_nested_delimiter="__", extra="forbid", frozen=True
     )
     SCIENTIFIC: ClassVar = ("trajectory", "corpus", "scoring", "window", "rule", "fuse", "gate")
-    #: How the arithmetic is carried out, but not what comes out of it.
-    HOST_ONLY: ClassVar = {"scoring": {"threads", "model"}}
+    #: How, and how much of it, is carried out; not what comes out.
+    HOST_ONLY: ClassVar = {
+        "scoring": {"batch_tokens", "threads", "gpus_per_job", "model", "every", "hours_per_day"}
+    }
 
     trajectory: str = "trajectory"
     corpus: CorpusParams = CorpusParams()

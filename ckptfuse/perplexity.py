@@ -1,16 +1,20 @@
 """One model on token blocks: the summed negative log-likelihood of each block.
 
-For a block of tokens t_0 .. t_n the model predicts t_1 .. t_n from what stands before each::
+For a block of tokens t_0 .. t_n of which the first c are only read, the model predicts
+t_c .. t_n from what stands before each::
 
-    nll = - sum_{k=1..n} log softmax(logits_{k-1})[t_k]          nats
-    loss = sum nll / sum n,   perplexity = exp(loss)
+    nll = - sum_{k=c..n} log softmax(logits_{k-1})[t_k]          nats
+    loss = sum nll / sum (n + 1 - c),   perplexity = exp(loss)
+    bits per byte = sum nll / (ln 2 * UTF-8 bytes of the predicted tokens)
 
-(https://huggingface.co/docs/transformers/perplexity). Logits are taken to float32 before the
-log-softmax, whatever the model computes in, and summed per block in float64. The logits of one
-forward pass hold at most ``LOGIT_BYTES``, so memory does not grow with vocabulary x batch.
+over all blocks of a domain (https://huggingface.co/docs/transformers/perplexity; bits per byte as
+in lm-evaluation-harness and arXiv 2101.00027, section 3.1). Logits are taken to float32 before the
+log-softmax, whatever the model computes in, and summed in float64. Blocks of one length are
+scored together, none is padded.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +22,24 @@ from numpy.typing import NDArray
 
 from ckptfuse.blocks import Blocks
 from ckptfuse.errors import CkptfuseError
+from ckptfuse.token_losses import TokenLosses
 
-LOGIT_BYTES = 512 * 1024 * 1024
+#: Tokens of one forward pass on a CPU: enough for the matrix products, few enough for the caches.
+CPU_BATCH_TOKENS = 4_096
+#: On a GPU: what fits into this part of the free memory, as measured on one block, at most so many.
+GPU_SHARE = 0.7
+GPU_BATCH_TOKENS = 262_144
+
+
+@dataclass(frozen=True)
+class BlockLosses:
+    """Negative log-likelihood of each block in nats, float64 [B], in the order of the blocks.
+
+    ``batch_tokens``: the tokens of one forward pass that it was found with at last.
+    """
+
+    nll: NDArray[np.float64]
+    batch_tokens: int
 
 
 def score_blocks(
@@ -27,54 +47,80 @@ def score_blocks(
     blocks: Blocks,
     *,
     vocabulary: int,
-    batch_tokens: int,
+    batch_tokens: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
-) -> NDArray[np.float64]:
-    """Negative log-likelihood of each block in nats, float64 [B], in the order of the blocks.
+    notice: Callable[[str], None] = lambda text: None,
+) -> BlockLosses:
+    """Score a causal language model with ``vocabulary`` embeddings, on the device where it lies.
 
-    ``model`` is a causal language model on one device, ``vocabulary`` its number of embeddings.
-    Raises CkptfuseError when a token is outside of the vocabulary.
+    ``batch_tokens`` is found from the device when it is not given, and halved with a notice when
+    the device runs out of memory. Raises CkptfuseError when a token is outside of the vocabulary,
+    or when a single block does not fit.
     """
+    _check_vocabulary(blocks, vocabulary)
+    losses = TokenLosses(model, vocabulary=vocabulary)
+    size = batch_tokens or _fitting(losses, blocks)
+    nll = np.empty(len(blocks), dtype=np.float64)
+    done = 0
+    for alike in groups(blocks):
+        while len(alike):
+            rows = alike[: max(size // int(blocks.lengths[alike[0]]), 1)]
+            try:
+                nll[rows] = losses(*_rows(blocks, rows)).numpy()
+            except torch.OutOfMemoryError as error:
+                size = _halved(rows, blocks, error)
+                notice(f"out of memory: going on with {size} tokens a batch")
+                continue
+            alike = alike[len(rows) :]
+            done += len(rows)
+            progress(done)
+    return BlockLosses(nll, size)
+
+
+def _check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
     highest = int(blocks.tokens.max())
     if highest >= vocabulary:
         raise CkptfuseError(
             f"token {highest} of the text is outside of the model's vocabulary of {vocabulary}; "
             "is corpus.tokenizer the tokenizer that this model was trained with?"
         )
-    limit = min(batch_tokens, LOGIT_BYTES // (4 * vocabulary))
-    nll = np.empty(len(blocks), dtype=np.float64)
-    for start, stop in batches(blocks, limit):
-        nll[start:stop] = _batch_nll(model, blocks, start, stop)
-        progress(stop)
-    return nll
 
 
-def batches(blocks: Blocks, limit: int) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive blocks of one length, at most ``limit`` tokens (at least one block)."""
-    start = 0
-    while start < len(blocks):
-        length = int(blocks.lengths[start])
-        stop = start + 1
-        while (
-            stop < len(blocks)
-            and int(blocks.lengths[stop]) == length
-            and (stop + 1 - start) * length <= limit
-        ):
-            stop += 1
-        yield start, stop
-        start = stop
+def groups(blocks: Blocks) -> Iterator[NDArray[np.intp]]:
+    """Indices of the blocks of one length and one context, which can be scored together."""
+    order = np.lexsort((blocks.context, blocks.lengths))[::-1]  # the longest first: they show
+    shapes = np.stack([blocks.lengths[order], blocks.context[order]])  # at once if memory is short
+    borders = np.flatnonzero(np.any(np.diff(shapes), axis=0)) + 1
+    for group in np.split(order, borders):
+        yield np.sort(group)
 
 
-def _batch_nll(
-    model: torch.nn.Module, blocks: Blocks, start: int, stop: int
-) -> NDArray[np.float64]:
-    device = next(model.parameters()).device
-    rows = np.stack([blocks.block(index) for index in range(start, stop)]).astype(np.int64)
-    tokens = torch.from_numpy(rows).to(device)
-    with torch.inference_mode():
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        losses = [
-            torch.nn.functional.cross_entropy(row.float(), targets, reduction="none")
-            for row, targets in zip(logits, tokens[:, 1:], strict=True)
-        ]
-        return torch.stack(losses).double().sum(dim=1).cpu().numpy()
+def _rows(blocks: Blocks, rows: NDArray[np.intp]) -> tuple[torch.Tensor, int]:
+    tokens = np.stack([blocks.block(int(index)) for index in rows]).astype(np.int64)
+    return torch.from_numpy(tokens), int(blocks.context[rows[0]])
+
+
+def _halved(rows: NDArray[np.intp], blocks: Blocks, error: torch.OutOfMemoryError) -> int:
+    length = int(blocks.lengths[rows[0]])
+    if len(rows) == 1:
+        raise CkptfuseError(
+            f"a single block of {length} tokens does not fit into the device's memory ({error}); "
+            "set scoring.block_length lower, or score on a larger device"
+        ) from error
+    torch.cuda.empty_cache()
+    return len(rows) // 2 * length
+
+
+def _fitting(losses: TokenLosses, blocks: Blocks) -> int:
+    """The tokens of one forward pass that suit the device."""
+    if losses.device.type == "cpu":
+        return CPU_BATCH_TOKENS
+    tokens, context = _rows(blocks, next(groups(blocks))[:1])
+    torch.cuda.reset_peak_memory_stats(losses.device)
+    before = torch.cuda.memory_allocated(losses.device)
+    losses(tokens, context)
+    taken = torch.cuda.max_memory_allocated(losses.device) - before
+    free, _ = torch.cuda.mem_get_info(losses.device)
+    fitting = max(int(GPU_SHARE * free / taken), 1)
+    # A power of two of blocks: a little more or less free memory then changes nothing.
+    return min(tokens.numel() << (fitting.bit_length() - 1), GPU_BATCH_TOKENS)

@@ -5,12 +5,12 @@ the same bucket and records always give the same actions, whoever asks and how o
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptfuse.checkpoints import Checkpoint
 from ckptfuse.listing import Listing
-from ckptfuse.params import Params
+from ckptfuse.params import Params, ScoringParams
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
@@ -30,6 +30,7 @@ class State:
     checkpoints: Mapping[str, CheckpointRecord] = field(default_factory=dict)
     scored: frozenset[str] = frozenset()  # signatures whose every split has a score
     held: frozenset[str] = frozenset()  # signatures that could not be read just now
+    affordable: int | None = None  # checkpoints that the day's scoring budget allows; None: all
     quarantined: Mapping[str, QuarantineRecord] = field(default_factory=dict)
     plans: Mapping[str, PlanRecord] = field(default_factory=dict)
     gates: Mapping[str, GateRecord] = field(default_factory=dict)
@@ -65,20 +66,24 @@ class Fuse:
 
 @dataclass(frozen=True, slots=True)
 class Actions:
-    """What is to be done, in this order. ``publish`` are windows whose gate said so before."""
+    """What is to be done, in this order. ``publish`` are windows whose gate said so before.
+
+    ``notes`` say what is left undone to keep to params' limits.
+    """
 
     quarantine: tuple[Quarantine, ...] = ()
     score: tuple[Checkpoint, ...] = ()
     publish: tuple[str, ...] = ()
     skip: tuple[Skip, ...] = ()
     fuse: tuple[Fuse, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return any((self.quarantine, self.score, self.publish, self.skip, self.fuse))
 
 
 def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -> Actions:
-    """Decide. While checkpoints wait to be scored nothing is fused: ask again when they are.
+    """Decide. While checkpoints are to be scored nothing is fused: ask again when they are.
 
     ``live``: of several waiting windows only the newest is fused, the others are superseded;
     otherwise (backfill) each is, in the order of training.
@@ -88,10 +93,10 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
         {item.checkpoint.signature for item in quarantine} | state.quarantined.keys() | state.held
     )
     present = [c for c in listing.complete if c.signature not in excluded]
-    score = tuple(c for c in present if c.signature not in state.scored)
+    score, notes = _to_score(present, state, params.scoring)
     if quarantine or score:
-        return Actions(quarantine=quarantine, score=score)
-    healthy = [state.checkpoints[c.signature] for c in present]
+        return Actions(quarantine=quarantine, score=score, notes=notes)
+    healthy = [state.checkpoints[c.signature] for c in present if c.signature in state.scored]
     science = params.scientific_digest()
     waiting = []
     for window in windows(healthy, params.window):
@@ -105,13 +110,46 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
     )
     waiting = [item for item in waiting if item.key not in publish]
     if not live or not waiting:
-        return Actions(publish=publish, fuse=tuple(waiting))
+        return Actions(publish=publish, fuse=tuple(waiting), notes=notes)
     newest = waiting[-1]
     superseded = tuple(
         Skip(item.key, item.window.step, f"superseded by step {newest.window.step}")
         for item in waiting[:-1]
     )
-    return Actions(publish=publish, skip=superseded, fuse=(newest,))
+    return Actions(publish=publish, skip=superseded, fuse=(newest,), notes=notes)
+
+
+def _to_score(
+    present: Sequence[Checkpoint], state: State, params: ScoringParams
+) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
+    """Which checkpoints to score, in the order of training, and what is not scored and why."""
+    due = _every(present, state.scored, params.every)
+    notes = []
+    if passed := sum(1 for c in present if c.signature not in state.scored) - len(due):
+        notes.append(f"{passed} checkpoints are passed over: scoring.every is {params.every}")
+    if state.affordable is None or len(due) <= state.affordable:
+        return tuple(due), tuple(notes)
+    chosen = due[len(due) - state.affordable :]
+    notes.append(
+        f"{len(due) - len(chosen)} checkpoints wait: scoring.hours_per_day is "
+        f"{params.hours_per_day:g}, which allows {state.affordable} more now"
+    )
+    return tuple(chosen), tuple(notes)
+
+
+def _every(present: Sequence[Checkpoint], scored: Collection[str], every: int) -> list[Checkpoint]:
+    """The checkpoints without a score that are ``every`` or more after the last one with one."""
+    due = []
+    since = every
+    for checkpoint in present:
+        if checkpoint.signature in scored:
+            since = 1
+        elif since >= every:
+            due.append(checkpoint)
+            since = 1
+        else:
+            since += 1
+    return due
 
 
 def _to_quarantine(listing: Listing, state: State) -> tuple[Quarantine, ...]:

@@ -26,6 +26,7 @@ class Numerics(Message):
     attention: str
     device_class: Literal["cpu", "cuda"]
     converter: str | None = None  # see conversion.identity
+    engine: str | None = None  # scoring.command; None is our own scorer
     protocol: int = PROTOCOL
 
     @property
@@ -82,12 +83,15 @@ class Request(Message):
     blocks: tuple[BlockSet, ...]
     numerics: Numerics
     records: str  # URI of the records store
-    batch_tokens: int
+    batch_tokens: int | None = None  # None: what suits the device
     threads: int | None = None
+    split: bool = False  # spread each model's layers over the visible GPUs
     trust_remote_code: bool = False
     converter: str | None = None  # package.module:function, see conversion.py
     model: str | None = None  # folder with the config.json of what the converter makes
     reading: Reading = Reading()
+    command: tuple[str, ...] = ()  # what scores in our scorer's place, see engines.py
+    scratch: str | None = None  # a folder for merges that such a command reads
 
 
 class Read(Message):
@@ -126,7 +130,38 @@ class Progress(Message):
     total: int
 
 
-Event = Annotated[Read | Scored | Failed | Progress, Field(discriminator="event")]
+class Notice(Message):
+    """Something that a person should know, such as a batch that was too large for the device."""
+
+    event: Literal["notice"] = "notice"
+    model: int
+    text: str
+
+
+Event = Annotated[Read | Scored | Failed | Progress | Notice, Field(discriminator="event")]
+
+
+class EngineRequest(Message):
+    """What ``scoring.command`` is asked: the losses of one model on sets of token blocks."""
+
+    model: str  # folder or s3:// prefix
+    blocks: tuple[BlockSet, ...]
+    numerics: Numerics
+    batch_tokens: int | None = None
+    threads: int | None = None
+
+
+class EngineLosses(Message):
+    """Its answer for one set of blocks: the summed negative log-likelihood of each, nats."""
+
+    event: Literal["losses"] = "losses"
+    blocks: str  # the set's digest
+    nll: tuple[float, ...]
+
+
+class EngineFailed(Message):
+    event: Literal["failed"] = "failed"
+    reason: str
 
 
 def score_key(*, model_id: str, blocks: str, numerics: Numerics) -> str:

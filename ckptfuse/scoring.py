@@ -2,7 +2,8 @@
 
 import json
 import math
-import os
+import shlex
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from ckptfuse import blocks as blocks_module
 from ckptfuse import conversion
 from ckptfuse.blocks import block_digest, load_tokenizer, tokenizer_files_digest
 from ckptfuse.corpus import SPLITS, Corpus, Split, documents_of, read_corpus
+from ckptfuse.devices import slots, visible_gpus
 from ckptfuse.digests import digest
 from ckptfuse.errors import CorpusError, MissingFile
-from ckptfuse.jobs import ModelScores, run_job
+from ckptfuse.jobs import ModelScores, run_jobs
 from ckptfuse.losses import Estimate, Losses
+from ckptfuse.meter import Meter
 from ckptfuse.params import Params, ScoringParams
 from ckptfuse.protocol import (
     BlockSet,
@@ -39,15 +42,13 @@ def numerics(params: ScoringParams) -> Numerics:
             "attention": params.attention,
             "device_class": device,
             "converter": conversion.identity(params.converter, params.model),
+            "engine": shlex.join(params.command) or None,
         }
     )
 
 
 def _device() -> str:
-    """cuda where a GPU is visible: asked of the driver's device files, since torch loads slowly."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return "cpu"
-    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+    return "cuda" if visible_gpus() else "cpu"
 
 
 def _default_dtype(device: str) -> str:
@@ -73,6 +74,7 @@ class Scorer:
         self.records = records
         self.folder = folder
         self.numerics = numerics(params.scoring)
+        self.meter = Meter(folder / "scoring.jsonl")
         self._corpus: Corpus | None = None
 
     @property
@@ -118,8 +120,7 @@ class Scorer:
             corpus=self.corpus_digest(),
             tokenizer=tokenizer,
             split=split,
-            block_length=self.params.scoring.block_length,
-            bos=self.params.scoring.bos,
+            cut=self.params.scoring.cut,
         )
 
     def block_set(self, tokenizer: TokenizerSource, split: Split) -> BlockSet:
@@ -131,8 +132,7 @@ class Scorer:
                 documents_of(self.corpus(), split, self.params.corpus),
                 load_tokenizer(open_store(tokenizer.uri)),
                 digest=name,
-                block_length=self.params.scoring.block_length,
-                bos=self.params.scoring.bos,
+                cut=self.params.scoring.cut,
                 tokens=getattr(self.params.corpus.tokens, split),
                 tokens_per_document=self.params.corpus.tokens_per_document,
             )
@@ -147,7 +147,7 @@ class Scorer:
         *,
         progress: Callable[[Event], None] = lambda event: None,
     ) -> list[ModelScores]:
-        """Score models in one job, on the given splits."""
+        """Score models on the given splits, in one job for each GPU or in one on a CPU."""
         request = Request(
             models=tuple(models),
             blocks=tuple(self.block_set(tokenizer, split) for split in splits),
@@ -159,8 +159,20 @@ class Scorer:
             converter=self.params.scoring.converter,
             model=self.params.scoring.model,
             reading=_reading(),
+            split=self.params.scoring.gpus_per_job > 1,
+            command=self.params.scoring.command,
+            scratch=str(self.folder),
         )
-        return run_job(request, progress=progress)
+        gpus = self.params.scoring.gpus_per_job
+        answers = run_jobs(request, slots(self.numerics.device_class, gpus), progress=progress)
+        seconds = sum(answer.scored.seconds for answer in answers if answer.scored)
+        self.meter.add(hours=seconds * gpus / 3600, models=len(models))
+        return answers
+
+    def affordable(self) -> int | None:
+        """How many more models the budget of the day allows; None without one."""
+        budget = self.params.scoring.hours_per_day
+        return None if budget is None else self.meter.affordable(budget, time.time())
 
     def key(self, model_id: str, tokenizer: str, split: Split) -> str:
         blocks = self.block_digest(tokenizer, split)

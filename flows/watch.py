@@ -64,6 +64,8 @@ def _look(service: Service, params_file: str, live: bool) -> Summary:
     try:
         while actions := plan_actions(service, listing, summary.held, live):
             _act(service, params_file, listing, actions, summary)
+        for note in actions.notes:
+            log.info(note)
     except PublicationError as error:
         summary.delayed = str(error)
         log.warning("publication waits for the next run: %s", error)

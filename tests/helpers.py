@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.corpus import SPLITS, Split
-from ckptfuse.job import summarise
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
 from ckptfuse.records import Arrays, CheckpointRecord, Member, PlanRecord, ScoreRecord
+from ckptfuse.score_records import summarise
 from ckptfuse.service import Service, open_service
 
 CONFIG = {"model_type": "toy", "hidden_size": 4}
@@ -92,6 +92,7 @@ def blocks_of_lengths(
     *,
     tokens: np.ndarray | None = None,
     documents: Sequence[int] | None = None,
+    context: int | Sequence[int] = 1,
     digest: str = "blocks",
 ) -> Blocks:
     """Blocks of these lengths, all of one domain, of given or seeded random tokens below 96."""
@@ -104,6 +105,7 @@ def blocks_of_lengths(
         tokens=drawn if tokens is None else tokens,
         starts=ends - np.asarray(lengths),
         lengths=np.asarray(lengths, dtype=np.int32),
+        context=np.broadcast_to(np.asarray(context, dtype=np.int32), (count,)),
         domain=np.zeros(count, np.int32),
         document=np.asarray(range(count) if documents is None else documents, dtype=np.int32),
         bytes=np.asarray(lengths, dtype=np.int64) * 3,

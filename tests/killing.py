@@ -69,7 +69,7 @@ class Killer:
 
     def install(self) -> None:
         self.wrap(Records, "put", lambda _, key, record, *rest: f"record {record.kind}")
-        self.wrap(ckptfuse.scoring, "run_job", lambda *_, **__: "scoring job")
+        self.wrap(ckptfuse.scoring, "run_jobs", lambda *_, **__: "scoring job")
         self.wrap(ckptfuse.merge.folder._Work, "merge_missing", lambda *_, **__: "weights written")
         self.wrap(ckptfuse.merge.folder, "write_companions", lambda *_: "configuration written")
         self.wrap(ckptfuse.merge.folder, "_rename", lambda *_: "weights renamed")

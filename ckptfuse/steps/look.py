@@ -35,6 +35,7 @@ def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
         checkpoints=known,
         scored=frozenset(scored),
         held=held,
+        affordable=scorer.affordable(),
         quarantined=records.all(QuarantineRecord),
         plans=plans_of(service),
         gates={gate.window: gate for gate in records.all(GateRecord).values()},

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ckptfuse.blocks import Blocks, Tokenizer, block_digest, build, load, load_tokenizer, save
 from ckptfuse.corpus import Document
+from ckptfuse.cut import Cut
 from ckptfuse.errors import CorpusError
 from ckptfuse.store import FolderStore
 
@@ -40,7 +41,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def blocks_of(tokenizer: Tokenizer, texts: list[str], length: int, **others: object) -> Blocks:
     documents = {"text": [Document(text, text) for text in texts]}
-    return build(documents, tokenizer, digest="d", block_length=length, **others)  # type: ignore[arg-type]
+    cut = Cut(length, **{k: others.pop(k) for k in ("layout", "stride", "bos") if k in others})  # type: ignore[arg-type]
+    return build(documents, tokenizer, digest="d", cut=cut, **others)  # type: ignore[arg-type]
 
 
 WORDS = st.text(st.sampled_from("the quick déà🙂 \n\u2028x"), min_size=1, max_size=60)
@@ -110,9 +112,9 @@ def test_a_block_belongs_to_the_document_of_most_of_its_tokens(tokenizer: Tokeni
 def test_a_domain_has_the_blocks_that_it_has_alone(tokenizer: Tokenizer) -> None:
     texts = {"a": ["the quick"] * 3, "b": ["brown fox the quick"] * 4}
     documents = {name: [Document(text, text) for text in texts[name]] for name in texts}
-    both = build(documents, tokenizer, digest="d", block_length=8)
+    both = build(documents, tokenizer, digest="d", cut=Cut(8))
     for code, name in enumerate(documents):
-        alone = build({name: documents[name]}, tokenizer, digest="d", block_length=8)
+        alone = build({name: documents[name]}, tokenizer, digest="d", cut=Cut(8))
         mine = np.flatnonzero(both.domain == code)
         assert [both.block(int(i)).tolist() for i in mine] == [
             alone.block(i).tolist() for i in range(len(alone))
@@ -122,7 +124,7 @@ def test_a_domain_has_the_blocks_that_it_has_alone(tokenizer: Tokenizer) -> None
 
 def test_documents_of_two_domains_are_never_one_cluster(tokenizer: Tokenizer) -> None:
     documents = {name: [Document(name * 50, name)] for name in ("a", "b")}
-    blocks = build(documents, tokenizer, digest="d", block_length=8)
+    blocks = build(documents, tokenizer, digest="d", cut=Cut(8))
     of = {name: set(blocks.document[blocks.domain == code]) for code, name in enumerate(("a", "b"))}
     assert not of["a"] & of["b"]
 
@@ -180,7 +182,8 @@ def test_a_tokenizers_digest_is_of_its_files_and_of_no_others(tmp_path: Path) ->
 
 
 def test_everything_that_decides_the_blocks_names_them() -> None:
-    usual = {"corpus": "c", "tokenizer": "t", "split": "audit", "block_length": 8, "bos": "none"}
-    changes = [{}, {"corpus": "d"}, {"tokenizer": "u"}, {"split": "report"}, {"block_length": 9},
-               {"bos": "document"}]  # fmt: skip
-    assert len({block_digest(**{**usual, **change}) for change in changes}) == 6  # type: ignore[arg-type]
+    usual = {"corpus": "c", "tokenizer": "t", "split": "audit", "cut": Cut(8)}
+    changes = [{}, {"corpus": "d"}, {"tokenizer": "u"}, {"split": "report"}, {"cut": Cut(9)},
+               {"cut": Cut(8, bos="none")}, {"cut": Cut(8, stride=3)},
+               {"cut": Cut(8, layout="rolling")}]  # fmt: skip
+    assert len({block_digest(**{**usual, **change}) for change in changes}) == 8  # type: ignore[arg-type]

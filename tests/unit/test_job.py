@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from ckptfuse import blocks as blocks_module
 from ckptfuse import job, jobs
 from ckptfuse.checkpoints import open_checkpoint
-from ckptfuse.errors import JobError
+from ckptfuse.errors import CkptfuseError, JobError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec
-from ckptfuse.jobs import ModelScores, run_job
+from ckptfuse.jobs import ModelScores, run_job, run_jobs
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.modeling import build_model
@@ -33,7 +34,7 @@ from ckptfuse.protocol import (
     Request,
     score_key,
 )
-from ckptfuse.reading import load
+from ckptfuse.reading import Loaded, load
 from ckptfuse.records import Records, ScoreRecord
 from ckptfuse.store import FolderStore
 from tests.helpers import blocks_of_lengths
@@ -41,6 +42,7 @@ from tests.helpers import blocks_of_lengths
 NUMERICS = Numerics(dtype="float32", attention="sdpa", device_class="cpu")
 BLOCKS = blocks_of_lengths([32] * 6 + [11], digest="blocks-1", documents=[0, 0, 1, 1, 2, 2, 3])
 WEIGHTS = (0.25, 0.0, 0.75)
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def test_a_checkpoints_losses_are_those_that_this_process_finds(
 ) -> None:
     loaded = load(open_checkpoint(str(llamas[0])))
     model = build_model(loaded.layout.config, loaded.state_dict, numerics=NUMERICS, where="here")
-    expected = score_blocks(model, BLOCKS, vocabulary=96, batch_tokens=64)
+    expected = score_blocks(model, BLOCKS, vocabulary=96, batch_tokens=64).nll
     assert ran.nll(loaded.fingerprint) == pytest.approx(expected, rel=1e-6)
     assert ran.answers[6].fingerprint == loaded.fingerprint
     assert ran.answers[6].architecture == loaded.layout.architecture
@@ -161,7 +163,7 @@ def test_a_merge_is_scored_under_its_fusions_id_as_if_it_lay_on_disk(
     model = build_model(
         inputs.ancillary.config, merge_to_memory(inputs, WEIGHTS), numerics=NUMERICS, where="here"
     )
-    expected = score_blocks(model, BLOCKS, vocabulary=96, batch_tokens=64)
+    expected = score_blocks(model, BLOCKS, vocabulary=96, batch_tokens=64).nll
     assert ran.nll(ran.spec.id) == pytest.approx(expected, rel=1e-6)
 
 
@@ -287,3 +289,89 @@ def test_a_fork_server_that_was_killed_between_jobs_is_replaced(
     server._process.wait()
     (answer,) = run_job(request_of(tmp_path, checkpoint(llamas[1])))
     assert answer.scored is not None
+
+
+def test_a_command_of_ones_own_stands_in_for_the_scorer(
+    ran: Ran, tmp_path: Path, llamas: list[Path]
+) -> None:
+    command = (sys.executable, str(ROOT / "examples" / "own_engine.py"))
+    inputs = tuple(Input(uri=str(path)) for path in llamas)
+    merge = MergeModel(
+        fusion=ran.spec.id, inputs=inputs, weights=WEIGHTS, dtype=None, ancillary=inputs[-1]
+    )
+    asked = request_of(tmp_path, checkpoint(llamas[0]), merge).model_copy(
+        update={"command": command, "scratch": str(tmp_path)}
+    )
+    answers = run_job(asked)
+    assert [answer.scored is not None for answer in answers] == [True, True]
+    theirs = Ran(asked, answers, [], ran.spec)
+    for model_id in (ran.spec.fingerprints[0], ran.spec.id):
+        assert theirs.nll(model_id) == pytest.approx(ran.nll(model_id), rel=1e-6)
+    assert not list(tmp_path.glob("merge-*"))
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise SystemExit(3)", "ended with status 3"),
+        ("print('hello')", "answered with none losses for 7 blocks of the selection split"),
+        ('print(\'{"event": "losses", "blocks": "blocks-1", "nll": [1.0]}\')', "with 1 losses"),
+        ('print(\'{"event": "failed", "reason": "no licence"}\')', "no licence"),
+    ],
+)
+def test_a_command_that_does_not_answer_fails_the_model_with_what_it_did(
+    tmp_path: Path, llamas: list[Path], program: str, said: str
+) -> None:
+    asked = request_of(tmp_path, checkpoint(llamas[0])).model_copy(
+        update={"command": (sys.executable, "-c", program)}
+    )
+    (answer,) = run_job(asked)
+    assert answer.failed is not None
+    assert said in answer.failed.reason
+
+
+def test_a_request_is_shared_out_over_slots_and_answered_in_its_order(
+    ran: Ran, tmp_path: Path, llamas: list[Path]
+) -> None:
+    """Two real jobs at once, each with its own environment, as two GPUs would have them."""
+    program = (
+        "import os, json; print(json.dumps({'event': 'losses', 'blocks': 'blocks-1',"
+        " 'nll': [float(os.environ['SLOT'])] * 7}))"
+    )
+    asked = request_of(tmp_path, *map(checkpoint, llamas)).model_copy(
+        update={"command": (sys.executable, "-c", program)}
+    )
+    told: list[Event] = []
+    answers = run_jobs(asked, [{"SLOT": "1"}, {"SLOT": "2"}], progress=told.append)
+    assert [answer.fingerprint for answer in answers] == list(ran.spec.fingerprints)
+    assert {event.model for event in told} == {0, 1, 2}
+    found = Ran(asked, answers, [], ran.spec)
+    assert [found.nll(print_)[0] for print_ in ran.spec.fingerprints] == [1, 2, 1]
+
+
+def test_a_checkpoint_is_read_while_the_one_before_it_is_scored(
+    llamas: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def noting(source: Input) -> Loaded:
+        read.append(Path(source.uri).name)
+        return load_input(source)
+
+    load_input = job._load
+    monkeypatch.setattr(job, "_load", noting)
+    models = (*map(checkpoint, llamas), checkpoint(tmp_path / "absent"))
+    ahead = job._Checkpoints(models, ahead=True)
+    for index, path in enumerate(llamas):
+        assert ahead.take(index).layout.checkpoint.name == path.name
+        following = Path(models[index + 1].input.uri).name
+        ahead._reader.submit(lambda: None).result()
+        assert read[-1] == following
+    with pytest.raises(CkptfuseError, match="absent"):
+        ahead.take(len(llamas))
+    assert len(read) == len(models)
+
+    alone = job._Checkpoints(models, ahead=False)
+    alone.take(0)
+    alone._reader.submit(lambda: None).result()
+    assert len(read) == len(models) + 1

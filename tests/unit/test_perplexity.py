@@ -13,7 +13,7 @@ from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import CkptfuseError, DamagedCheckpoint
 from ckptfuse.modeling import build_model, vocabulary_size
-from ckptfuse.perplexity import batches, score_blocks
+from ckptfuse.perplexity import groups, score_blocks
 from ckptfuse.protocol import Numerics
 from ckptfuse.reading import Loaded, load
 from tests.helpers import blocks_of_lengths
@@ -39,7 +39,7 @@ def build(llama: Loaded, numerics: Numerics = FLOAT32) -> torch.nn.Module:
 
 
 def nll_of(model: torch.nn.Module, blocks: Blocks, batch_tokens: int = 64) -> np.ndarray:
-    return score_blocks(model, blocks, vocabulary=96, batch_tokens=batch_tokens)
+    return score_blocks(model, blocks, vocabulary=96, batch_tokens=batch_tokens).nll
 
 
 def by_transformers(model: torch.nn.Module, blocks: Blocks) -> list[float]:
@@ -94,17 +94,16 @@ def test_a_token_outside_of_the_vocabulary_is_told_before_any_work(model: torch.
         nll_of(model, blocks)
 
 
-@given(st.lists(st.integers(2, 5), min_size=1, max_size=30), st.integers(0, 40))
-def test_batches_hold_all_blocks_in_order_each_of_one_length_within_the_limit(
-    lengths: Sequence[int], limit: int
+@given(st.lists(st.tuples(st.integers(3, 5), st.integers(1, 2)), min_size=1, max_size=30))
+def test_groups_hold_every_block_once_and_each_group_one_shape(
+    shapes: Sequence[tuple[int, int]],
 ) -> None:
-    found = list(batches(blocks_of_lengths(lengths), limit))
-    assert [index for start, stop in found for index in range(start, stop)] == list(
-        range(len(lengths))
-    )
-    for start, stop in found:
-        assert len(set(lengths[start:stop])) == 1
-        assert stop - start == 1 or (stop - start) * lengths[start] <= limit
+    lengths, context = zip(*shapes, strict=True)
+    found = list(groups(blocks_of_lengths(lengths, context=context)))
+    assert sorted(index for group in found for index in group) == list(range(len(shapes)))
+    assert len(found) == len(set(shapes))
+    for group in found:
+        assert len({shapes[index] for index in group}) == 1
 
 
 # -- models from state dicts -------------------------------------------------------------------
@@ -140,3 +139,11 @@ def test_weights_that_do_not_fit_their_configuration_are_not_scored(
     config = {**llama.layout.config, **changes}
     with pytest.raises(DamagedCheckpoint, match=said):
         build_model(config, llama.state_dict, numerics=FLOAT32, where="checkpoint-100")
+
+
+def test_a_model_that_is_spread_over_its_devices_has_the_same_losses(llama: Loaded) -> None:
+    spread = build_model(
+        llama.layout.config, llama.state_dict, numerics=FLOAT32, where="here", split=True
+    )
+    blocks = blocks_of_lengths(LENGTHS)
+    assert nll_of(spread, blocks) == pytest.approx(nll_of(build(llama), blocks), rel=1e-6)

@@ -376,3 +376,53 @@ def test_the_order_of_the_listing_and_of_the_records_decides_nothing(
     assert (found.skip, found.fuse) == (expected.skip, expected.fuse)
     assert set(found.score) == set(expected.score)
     assert {q.checkpoint for q in found.quarantine} == {q.checkpoint for q in expected.quarantine}
+
+
+# -- what scoring may cost ---------------------------------------------------------------------
+
+
+def limited(world: World, *, affordable: int | None = None, **scoring: object) -> Actions:
+    params = Params.model_validate({"window": {"size": 3, "minimum": 2}, "scoring": scoring})
+    return plan(world.listing, replace(world.state, affordable=affordable), params)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_kth_checkpoint_is_scored_whether_they_land_together_or_one_by_one(
+    every: int,
+) -> None:
+    together, one_by_one = World(), World()
+    scored = []
+    for step in range(100, 900, 100):
+        together.land(step)
+        one_by_one.land(step)
+        for checkpoint in limited(one_by_one, every=every).score:
+            one_by_one.score(checkpoint)
+            scored.append(checkpoint.step)
+    assert scored == list(range(100, 900, 100 * every))
+    assert [c.step for c in limited(together, every=every).score] == scored
+
+
+def test_checkpoints_that_are_passed_over_stop_no_fusion_and_are_told() -> None:
+    world = World()
+    for step in range(100, 500, 100):
+        world.land(step)
+    world.act(limited(world, every=2))
+    actions = limited(world, every=2)
+    assert [member.step for member in actions.fuse[0].window.members] == [100, 300]
+    assert actions.notes == ("2 checkpoints are passed over: scoring.every is 2",)
+
+
+def test_a_spent_budget_takes_the_newest_first_and_says_what_waits() -> None:
+    world = World()
+    for step in range(100, 500, 100):
+        world.land(step)
+    actions = limited(world, affordable=2, hours_per_day=1.5)
+    assert [checkpoint.step for checkpoint in actions.score] == [300, 400]
+    assert actions.notes == (
+        "2 checkpoints wait: scoring.hours_per_day is 1.5, which allows 2 more now",
+    )
+    world.act(actions)
+    spent = limited(world, affordable=0, hours_per_day=1.5)
+    assert not spent.score
+    assert [fuse.window.step for fuse in spent.fuse] == [400]
+    assert [checkpoint.step for checkpoint in limited(world).score] == [100, 200]

@@ -1,0 +1,117 @@
+"""What computes the losses of a job's models: our own scorer, or a command of the team's.
+
+The command gets the path of a JSON document (protocol.EngineRequest) as its last argument: a model
+folder and fixed token blocks. It answers on standard output with JSON lines: ``losses`` with the
+summed negative log-likelihood of each block, one line for each set of blocks, or ``failed``.
+Everything else stays ours: what the model's bytes are, its merge, and the records.
+``examples/own_engine.py`` is one.
+"""
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ckptfuse import blocks as blocks_module
+from ckptfuse.blocks import Blocks
+from ckptfuse.errors import CkptfuseError, JobError
+from ckptfuse.modeling import vocabulary_size
+from ckptfuse.perplexity import BlockLosses, score_blocks
+from ckptfuse.processes import end_with_parent
+from ckptfuse.protocol import BlockSet, EngineFailed, EngineLosses, EngineRequest
+
+#: Told of blocks in all and done.
+Progress = Callable[[int, int], None]
+_ANSWER: TypeAdapter[EngineLosses | EngineFailed] = TypeAdapter(
+    Annotated[EngineLosses | EngineFailed, Field(discriminator="event")]
+)
+
+
+def by_model(
+    network: torch.nn.Module,
+    items: Sequence[BlockSet],
+    *,
+    batch_tokens: int | None,
+    where: str,
+    progress: Progress,
+    notice: Callable[[str], None],
+) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
+    """Score a model in memory on one set of blocks after another."""
+    for item in items:
+        blocks = blocks_module.load(item.folder)
+        _check_length(network, blocks, where)
+        found = score_blocks(
+            network,
+            blocks,
+            vocabulary=vocabulary_size(network),
+            batch_tokens=batch_tokens,
+            progress=partial(progress, len(blocks)),
+            notice=notice,
+        )
+        batch_tokens = found.batch_tokens
+        yield item, blocks, found
+
+
+def _check_length(network: torch.nn.Module, blocks: Blocks, where: str) -> None:
+    longest = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    read = int(blocks.lengths.max()) - 1  # of the last token no successor is asked
+    if isinstance(longest, int) and read > longest:
+        raise CkptfuseError(
+            f"{where}: to read {read} tokens of a block exceeds the model's {longest} positions; "
+            f"set scoring.block_length to {longest} or less"
+        )
+
+
+def by_command(
+    command: Sequence[str], request: EngineRequest
+) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
+    """Let a command score the model of the request.
+
+    Raises CkptfuseError with the reason that the command gives, JobError when it dies or leaves
+    out blocks.
+    """
+    answers = _run(command, request)
+    for item in request.blocks:
+        blocks = blocks_module.load(item.folder)
+        nll = answers.get(item.digest)
+        if nll is None or nll.shape != (len(blocks),):
+            told = "none" if nll is None else f"{len(nll)}"
+            raise JobError(
+                f"scoring.command {command[0]!r} answered with {told} losses for {len(blocks)} "
+                f"blocks of the {item.split} split; one number a block is expected"
+            )
+        yield item, blocks, BlockLosses(nll, request.batch_tokens or 0)
+
+
+def _run(command: Sequence[str], request: EngineRequest) -> Mapping[str, np.ndarray]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "request.json")
+        path.write_text(request.model_dump_json())
+        try:
+            done = subprocess.run(
+                [*command, str(path)],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=False,
+                preexec_fn=end_with_parent,
+            )
+        except OSError as error:
+            raise JobError(f"scoring.command {command[0]!r} cannot be run: {error}") from error
+    losses = {}
+    for line in done.stdout.splitlines():
+        try:
+            answer = _ANSWER.validate_json(line)
+        except ValidationError:  # a library's print, not an answer
+            continue
+        if isinstance(answer, EngineFailed):
+            raise CkptfuseError(f"{request.model}: {answer.reason}")
+        losses[answer.blocks] = np.asarray(answer.nll, dtype=np.float64)
+    if done.returncode != 0:
+        raise JobError(f"scoring.command {command[0]!r} ended with status {done.returncode}")
+    return losses

@@ -1,0 +1,59 @@
+"""What scoring has cost lately: a meter beside the records, to keep to a budget by.
+
+One JSON line a job. It is no state: a lost line loses no result, only some of the count.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+DAY = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    ended: float  # seconds since the epoch
+    hours: float  # of all its GPUs together; of the CPU where there is none
+    models: int
+
+
+class Meter:
+    """The scoring jobs of one workspace."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def add(self, *, hours: float, models: int) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as lines:
+            line = {"ended": round(time.time(), 1), "hours": round(hours, 6), "models": models}
+            lines.write(json.dumps(line) + "\n")
+
+    def spent(self, now: float) -> float:
+        """Hours of the jobs that ended in the 24 hours before ``now``."""
+        return sum(job.hours for job in self._jobs() if now - DAY < job.ended <= now)
+
+    def affordable(self, hours_per_day: float, now: float) -> int:
+        """How many more models a daily budget allows, judged by what the last jobs took.
+
+        Before anything was measured: one, to measure.
+        """
+        recent = self._jobs()[-20:]
+        left = hours_per_day - self.spent(now)
+        models = sum(job.models for job in recent)
+        hours = sum(job.hours for job in recent)
+        if left <= 0:
+            return 0
+        return 1 if not models or not hours else int(left * models / hours)
+
+    def _jobs(self) -> list[_Job]:
+        if not self._file.is_file():
+            return []
+        jobs = []
+        for line in self._file.read_text().splitlines():
+            try:
+                jobs.append(_Job(**json.loads(line)))
+            except (ValueError, TypeError):  # cut off by a kill
+                continue
+        return jobs
