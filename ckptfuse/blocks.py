@@ -130,17 +130,18 @@ def build(
     digest: str,
     block_length: int,
     bos: str = "document",
-    tokens: int | None = None,
+    tokens: Mapping[str, int] | None = None,
     tokens_per_document: int | None = None,
 ) -> Blocks:
-    """Tokenise and pack each domain's documents, up to ``tokens`` of them a domain.
+    """Tokenise and pack each domain's documents, up to its ``tokens`` if there are such.
 
     Raises CorpusError naming a domain that yields nothing to predict.
     """
     separator = tokenizer.separator if bos == "document" else None
     parts = []
     for code, (name, texts) in enumerate(documents.items()):
-        stream = _stream(texts, tokenizer, separator, tokens, tokens_per_document)
+        budget = tokens[name] if tokens is not None else None
+        stream = _stream(texts, tokenizer, separator, budget, tokens_per_document)
         if len(stream[0]) < 2:
             raise CorpusError(
                 f"domain {name!r} has {len(texts)} documents in this split and nothing to predict; "
@@ -224,7 +225,7 @@ def _pack(
     starts = np.arange(0, len(tokens) - 1, block_length - 1, dtype=np.int64)
     ends = np.minimum(starts + block_length, len(tokens))
     byte_sums = np.concatenate([[0], np.cumsum(sizes)])
-    cluster = [np.bincount(owners[s + 1 : e]).argmax() for s, e in zip(starts, ends, strict=True)]
+    cluster = [_most_frequent(owners[s + 1 : e]) for s, e in zip(starts, ends, strict=True)]
     return {
         "tokens": tokens,
         "starts": starts,
@@ -233,6 +234,11 @@ def _pack(
         "document": np.asarray(cluster, dtype=np.int32),
         "bytes": byte_sums[ends] - byte_sums[starts + 1],
     }
+
+
+def _most_frequent(owners: NDArray[np.int32]) -> int:
+    """Of ascending numbers; the first of equals."""
+    return int(owners[0] + np.bincount(owners - owners[0]).argmax())
 
 
 def save(blocks: Blocks, folder: Path) -> None:

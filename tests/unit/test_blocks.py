@@ -98,7 +98,7 @@ def test_a_separator_stands_before_each_document_unless_it_is_unwanted(
 
 def test_budgets_cut_the_domain_and_each_document(tokenizer: Tokenizer) -> None:
     texts = ["the quick brown fox " * 20] * 5
-    assert len(blocks_of(tokenizer, texts, 16, tokens=70).tokens) == 70
+    assert len(blocks_of(tokenizer, texts, 16, tokens={"text": 70}).tokens) == 70
     assert len(blocks_of(tokenizer, texts, 16, tokens_per_document=10).tokens) == 50
 
 
