@@ -1,12 +1,11 @@
 """Look through target text by hand: what the files hold, what is drawn of it, what is alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptfuse import blocks
 from ckptfuse.blocks import Tokenizer, load_tokenizer
-from ckptfuse.corpus import SPLITS, Corpus, Source, Split, documents_of, read_corpus
-from ckptfuse.corpus.files import find_files
+from ckptfuse.corpus import SPLITS, Corpus, Progress, Source, Split, documents_of, read_corpus
 from ckptfuse.corpus.survey import survey
 from ckptfuse.params import CorpusParams
 from ckptfuse.records import CorpusRecord
@@ -26,15 +25,10 @@ def inspect_corpus(
     params: CorpusParams,
     *,
     tokenizer: str | None = None,
-    read: Callable[[int, int], None] = lambda size, of: None,
+    read: Progress = lambda size, of: None,
 ) -> Inspection:
-    """Read all files of a corpus; ``read`` is told of bytes that came, and of how many there are.
-
-    Raises CorpusError as `read_corpus` does.
-    """
-    files = [file for domain in params.domains.values() for file in find_files(domain.path)]
-    total = sum(file.entry.size for file in files)
-    corpus = read_corpus(params, read=lambda size: read(size, total))
+    """Read all files of a corpus; ``read`` and what is raised are those of `read_corpus`."""
+    corpus = read_corpus(params, read=read)
     contents = survey(corpus, params, examples=None)
     if tokenizer is None:
         return Inspection(corpus.sources, contents, None)

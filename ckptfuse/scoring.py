@@ -9,7 +9,7 @@ from pathlib import Path
 from ckptfuse import blocks as blocks_module
 from ckptfuse import conversion
 from ckptfuse.blocks import block_digest, load_tokenizer, tokenizer_files_digest
-from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Split, documents_of
+from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Progress, Split, documents_of
 from ckptfuse.errors import CorpusError
 from ckptfuse.jobs import ModelScores, run_job
 from ckptfuse.losses import Estimate, Losses
@@ -90,6 +90,10 @@ class Scorer:
 
     def corpus(self) -> Corpus:
         return self._kept.corpus
+
+    def prepare_corpus(self, read: Progress) -> None:
+        """Read the corpus's files now, if need be; ``read`` is told how it goes on."""
+        self._kept.prepare(read)
 
     def corpus_digest(self) -> str:
         """The corpus's digest; for files that were read before, from their sizes and versions."""

@@ -111,8 +111,10 @@ def _preflight(params: "Params") -> None:
     from ckptfuse.checkpoints import check_bucket_uri
     from ckptfuse.service import open_service
     from ckptfuse.store import open_store
+    from flows.show import reading_bar
 
-    open_service(params).scorer.corpus_digest()
+    with reading_bar(stderr) as read:
+        open_service(params).scorer.prepare_corpus(read)
     open_store(check_bucket_uri(params.bucket)).list()
     _check_prefect(os.environ.get("PREFECT_API_URL"))
 

@@ -25,14 +25,17 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ckptfuse.corpus.files import CorpusFile, find_files
+from ckptfuse.corpus.files import find_files
 from ckptfuse.corpus.texts import texts
 from ckptfuse.digests import digest
 from ckptfuse.errors import CorpusError
-from ckptfuse.params import Budget, CorpusParams, Domain, Shares
+from ckptfuse.params import Budget, CorpusParams, Shares
 
 Split = Literal["selection", "audit", "report"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+#: Told of bytes that came, and of all that there are.
+Progress = Callable[[int, int], None]
 
 BYTES_PER_TOKEN = 32
 #: Names how documents are drawn.
@@ -77,39 +80,34 @@ def read_corpus(
     params: CorpusParams,
     *,
     whole: bool = False,
-    read: Callable[[int], None] = lambda size: None,
+    read: Progress = lambda size, of: None,
 ) -> Corpus:
     """All domains of ``params``: what the budgets can use, or the ``whole`` text of the files.
 
     A document that was drawn for a domain is not drawn again for one further down the alphabet.
-    ``read`` is told of bytes as they are read. Raises CorpusError when there is no domain, one
-    without text, or a file that cannot be used.
+    ``read`` is told of bytes that came, and of how many the files have. Raises CorpusError when
+    there is no domain, one without text, or a file that cannot be used.
     """
     if not params.domains:
         raise CorpusError(
             "no target text: give corpus.domains in params.yaml at least one domain, like "
             "`python: {path: corpus/python.jsonl}`"
         )
+    files = {name: find_files(domain.path) for name, domain in params.domains.items()}
+    total = sum(file.entry.size for found in files.values() for file in found)
     taken: set[str] = set()
     domains, sources = {}, {}
     for name, domain in sorted(params.domains.items()):
         draw = _Draw(params, None if whole else params.budget(name), taken)
-        files = find_files(domain.path)
-        _read_all(draw, files, domain, read)
+        for file in files[name]:
+            for text in texts(file, domain.field, read=lambda size: read(size, total)):
+                draw.offer(text)
         domains[name] = draw.documents()
         if not domains[name]:
             raise CorpusError(f"{domain.path}: domain {name!r} has no documents of its own")
         taken |= {document.digest for document in domains[name]}
-        sources[name] = draw.source(domain.path, len(files))
+        sources[name] = draw.source(domain.path, len(files[name]))
     return Corpus(domains, _corpus_digest(params, domains, whole), sources)
-
-
-def _read_all(
-    draw: "_Draw", files: Iterable[CorpusFile], domain: Domain, read: Callable[[int], None]
-) -> None:
-    for file in files:
-        for text in texts(file, domain.field, read=read):
-            draw.offer(text)
 
 
 class _Draw:

@@ -11,10 +11,11 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
-from ckptfuse.corpus.draw import DRAW, Corpus, Source, jsonl, read_corpus
+from ckptfuse.corpus.draw import DRAW, Corpus, Progress, Source, jsonl, read_corpus
 from ckptfuse.corpus.files import find_files
 from ckptfuse.digests import digest
 from ckptfuse.params import CorpusParams
+from ckptfuse.store import FolderStore
 
 
 class KeptCorpus:
@@ -26,14 +27,20 @@ class KeptCorpus:
     def __init__(self, params: CorpusParams, folder: Path) -> None:
         self._params = params
         self._root = folder
+        self._read: Progress = lambda size, of: None
+
+    def prepare(self, read: Progress) -> None:
+        """Read the files now, if need be; ``read`` is told how it goes on, as by `read_corpus`."""
+        self._read = read
+        _ = self.digest
 
     @cached_property
     def corpus(self) -> Corpus:
         folder = self._folder
         if not (folder / "about.json").is_file():
-            read = read_corpus(self._params)
-            _keep(read, folder)
-            return read
+            drawn = read_corpus(self._params, read=self._read)
+            _keep(drawn, folder)
+            return drawn
         about = json.loads((folder / "about.json").read_text())
         sources = {name: Source(**values) for name, values in about["sources"].items()}
         return replace(read_corpus(self._of_kept(folder)), sources=sources)
@@ -66,12 +73,12 @@ class KeptCorpus:
 def _keep(corpus: Corpus, folder: Path) -> None:
     """Write a corpus to ``folder``, which appears whole or not at all."""
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
+    store = FolderStore(temporary)
     for name, documents in corpus.domains.items():
-        (temporary / f"{name}.jsonl").write_bytes(jsonl(documents))
+        store.write(f"{name}.jsonl", jsonl(documents))
     sources = {name: asdict(source) for name, source in corpus.sources.items()}
     about = {"digest": corpus.digest, "sources": sources}
-    (temporary / "about.json").write_text(json.dumps(about))
+    store.write("about.json", json.dumps(about).encode())
     try:
         temporary.rename(folder)
     except OSError:  # another process kept the same corpus first

@@ -3,7 +3,7 @@
 Two documents are near-duplicates when the sets of their shingles, of five words in a row each,
 overlap by ``THRESHOLD`` or more (Jaccard: common shingles by all of them). MinHash with
 locality-sensitive hashing (Broder 1997; datasketch) finds the pairs to look at, their sets decide:
-so what is found is true, and of pairs with an overlap of 0.7 one in 12 is missed, of 0.8 one in 500.
+so what is found is true, and of pairs that overlap by 0.7 one in 12 is missed, by 0.8 one in 500.
 """
 
 import re

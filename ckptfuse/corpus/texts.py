@@ -16,12 +16,12 @@ from ckptfuse.store import Reader
 
 _BUFFER = 8 * 1024 * 1024
 #: Rows of Parquet that are decoded at once.
-_ROWS = 256
-
-Progress = Callable[[int], None]
+_ROWS = 64
 
 
-def texts(file: CorpusFile, field: str, *, read: Progress = lambda size: None) -> Iterator[str]:
+def texts(
+    file: CorpusFile, field: str, *, read: Callable[[int], None] = lambda size: None
+) -> Iterator[str]:
     """The texts of a file, empty ones left out; ``read`` is told of bytes that came.
 
     ``field`` names the text in a JSON object, and the column in Parquet. Raises CorpusError naming
@@ -117,7 +117,7 @@ def _check_column(uri: str, schema: Any, field: str) -> None:
 class _Bytes(io.RawIOBase):
     """A store's file as Python's own kind of stream."""
 
-    def __init__(self, reader: Reader, size: int, read: Progress) -> None:
+    def __init__(self, reader: Reader, size: int, read: Callable[[int], None]) -> None:
         self._reader = reader
         self._size = size
         self._read = read

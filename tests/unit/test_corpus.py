@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,6 +199,21 @@ def test_copies_are_counted_and_the_set_of_documents_is_named(tmp_path: Path) ->
     assert read_corpus(second).sources["text"].digest == source.digest
     third = corpus_of(tmp_path / "c.jsonl", TEXTS[1:], **SMALL)
     assert read_corpus(third).sources["text"].digest != source.digest
+
+
+def test_memory_holds_what_is_drawn_and_not_the_file(tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("w") as out:
+        for number in range(3_000):
+            out.write(json.dumps({"text": f"{number} " + "x" * 10_000}) + "\n")
+    params = CorpusParams(domains={"text": Domain(path=out.name)}).model_copy(
+        update={"tokens": Budget(selection=1_000, audit=1_000, report=1_000)}
+    )
+    tracemalloc.start()
+    corpus = read_corpus(params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert corpus.sources["text"].bytes > 30_000_000
+    assert peak < 12_000_000
 
 
 # -- kept on disk ------------------------------------------------------------------------------
