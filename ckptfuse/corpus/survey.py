@@ -21,7 +21,7 @@ _BEGINNING = 60  # characters
 def survey(
     corpus: Corpus, params: CorpusParams, *, examples: int | None = EXAMPLES
 ) -> CorpusRecord:
-    """Count what was drawn for each split; looks at every word of it: about a second for 5 MB.
+    """Count what was drawn for each split; looks at every word of it: about 2 s for 5 MB.
 
     ``examples`` is how many pairs of near-duplicates are kept, the closest first; None: all.
     """

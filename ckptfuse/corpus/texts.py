@@ -88,7 +88,8 @@ def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str]:
 
     uri = file.uri
     try:
-        table = pq.ParquetFile(pa.PythonFile(raw, "r"), buffer_size=_BUFFER)
+        # Buffered before it is asked for, the column would be in memory for all row groups at once.
+        table = pq.ParquetFile(pa.PythonFile(raw, "r"), buffer_size=_BUFFER, pre_buffer=False)
         _check_column(uri, table.schema_arrow, field)
         for batch in table.iter_batches(batch_size=_ROWS, columns=[field], use_threads=False):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)

@@ -9,6 +9,8 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -201,18 +203,25 @@ def test_copies_are_counted_and_the_set_of_documents_is_named(tmp_path: Path) ->
     assert read_corpus(third).sources["text"].digest != source.digest
 
 
-def test_memory_holds_what_is_drawn_and_not_the_file(tmp_path: Path) -> None:
-    with (tmp_path / "a.jsonl").open("w") as out:
-        for number in range(3_000):
-            out.write(json.dumps({"text": f"{number} " + "x" * 10_000}) + "\n")
-    params = CorpusParams(domains={"text": Domain(path=out.name)}).model_copy(
-        update={"tokens": Budget(selection=1_000, audit=1_000, report=1_000)}
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_memory_holds_what_is_drawn_and_not_the_file(tmp_path: Path, form: str) -> None:
+    texts = [f"{number} " + "x" * 10_000 for number in range(3_000)]
+    path = tmp_path / f"a.{form}"
+    if form == "jsonl":
+        write_texts(path, texts)
+    else:
+        column = pa.table({"text": texts})
+        pq.write_table(column, path, row_group_size=100, compression=None, use_dictionary=False)
+    params = CorpusParams(
+        domains={"text": Domain(path=str(path))},
+        tokens=Budget(selection=1_000, audit=1_000, report=1_000),
     )
+    assert path.stat().st_size > 30_000_000
     tracemalloc.start()
     corpus = read_corpus(params)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert corpus.sources["text"].bytes > 30_000_000
+    assert corpus.sources["text"].documents == 3_000
     assert peak < 12_000_000
 
 
