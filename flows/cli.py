@@ -264,7 +264,7 @@ def score(
 def corpus(
     domains: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME=PATH]...", help="[default: corpus.domains of params.yaml]"),
+        typer.Argument(metavar="NAME=PATH", help="Domains  [default: those of params.yaml]"),
     ] = None,
     field: Annotated[str, typer.Option(help="Of NAME=PATH: the field or column of the text.")] = (
         "text"
