@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-faults bench-merge bench-merge-s3 clean
+.PHONY: help setup demo test lint test-faults bench-merge bench-merge-s3 bench-score clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -47,6 +47,9 @@ bench-merge: $(READY) $(VENV)/mergekit/.ready ## the merge against mergekit and 
 
 bench-merge-s3: $(READY) ## the merge from S3, on loopback, against bare ranged reads (5 min, 4 GB)
 	$(BIN)/python -m bench.merge_s3 --folder workspace/bench/s3
+
+bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (10 min)
+	$(BIN)/python -m bench.score
 
 $(VENV)/mergekit/.ready: bench/mergekit-constraints.txt
 	"$(BIN)/python" -m venv --clear $(VENV)/mergekit

@@ -1,28 +1,21 @@
-"""Token blocks: the documents of one split, tokenised once and cut into contexts (cut.py).
+"""Token blocks: what models are scored on, as memory-mapped arrays in a folder.
 
-No token is padded. Blocks are stored as memory-mapped arrays in a folder named by their digest.
+A folder is named by the blocks' digest, and is written once (packing.py makes the blocks).
 """
 
 import json
 import os
 import shutil
-import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptfuse.checkpoints import TOKENIZER_FILES
-from ckptfuse.corpus import Document
-from ckptfuse.cut import Cut, Span
-from ckptfuse.digests import content_digest, digest
-from ckptfuse.errors import CorpusError
-from ckptfuse.store import Store
+from ckptfuse.cut import Cut
+from ckptfuse.digests import digest
 
 _ARRAYS = ("tokens", "starts", "lengths", "context", "domain", "document", "bytes")
 
@@ -62,179 +55,9 @@ class Blocks:
         return self.tokens[start : start + int(self.lengths[index])]
 
 
-@dataclass(frozen=True, slots=True)
-class Tokenizer:
-    """A Hugging Face tokenizer and the digest of its files."""
-
-    encode_with_offsets: Any
-    separator: int | None  # the token between documents
-    digest: str
-
-
 def block_digest(*, corpus: str, tokenizer: str, split: str, cut: Cut) -> str:
     """Names a set of blocks by all that decides it, before any text is tokenised."""
     return digest(["blocks-2", corpus, tokenizer, split, *astuple(cut)])
-
-
-def tokenizer_files_digest(store: Store) -> str | None:
-    """Digest of the tokenizer files in a folder; None when there are none. Small reads only."""
-    contents = []
-    for entry in store.list(""):
-        if entry.path in TOKENIZER_FILES:
-            contents.append([entry.path, entry.size, content_digest(store.read(entry.path))])
-    return digest(contents) if contents else None
-
-
-def load_tokenizer(store: Store) -> Tokenizer:
-    """The tokenizer that lies in a folder or S3 prefix; raises CorpusError when there is none."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    digest_ = tokenizer_files_digest(store)
-    if digest_ is None:
-        raise CorpusError(
-            f"{store.uri}: no tokenizer; set corpus.tokenizer in params.yaml (or --tokenizer) "
-            "to a folder that has them"
-        )
-    transformers_logging.set_verbosity_error()  # "sequence longer than ...": we cut it ourselves
-    with tempfile.TemporaryDirectory() as folder:
-        for entry in store.list(""):
-            if entry.path in TOKENIZER_FILES or entry.path == "config.json":
-                Path(folder, entry.path).write_bytes(store.read(entry.path))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise CorpusError(f"{store.uri}: the tokenizer cannot be loaded: {error}") from error
-    separator = tokenizer.bos_token_id
-    if separator is None:
-        separator = tokenizer.eos_token_id
-
-    def encode(text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
-        fast = bool(tokenizer.is_fast)
-        answer = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
-        return answer["input_ids"], answer["offset_mapping"] if fast else None
-
-    return Tokenizer(encode, separator, digest_)
-
-
-def build(
-    documents: Mapping[str, Sequence[Document]],
-    tokenizer: Tokenizer,
-    *,
-    digest: str,
-    cut: Cut,
-    tokens: int | None = None,
-    tokens_per_document: int | None = None,
-) -> Blocks:
-    """Tokenise and cut each domain's documents, up to ``tokens`` of them a domain.
-
-    Raises CorpusError naming a domain that yields nothing to predict, and for the rolling layout
-    with a tokenizer that has no begin-of-sequence token.
-    """
-    separator = tokenizer.separator if cut.bos == "document" else None
-    if cut.layout == "rolling" and separator is None:
-        raise CorpusError(
-            "scoring.layout 'rolling' needs a begin- or end-of-sequence token, and the tokenizer "
-            "has neither; use layout 'packed'"
-        )
-    parts = []
-    for code, (name, texts) in enumerate(documents.items()):
-        stream = _stream(texts, tokenizer, separator, tokens, tokens_per_document)
-        spans = cut.spans(stream.owners)
-        if not spans:
-            raise CorpusError(
-                f"domain {name!r} has {len(texts)} documents in this split and nothing to predict; "
-                "give it more text or a larger share"
-            )
-        parts.append(_blocks(stream, spans, code))
-    offsets = np.cumsum([0] + [len(part["tokens"]) for part in parts[:-1]])
-    documents_before = np.cumsum([0] + [int(part["document"].max()) + 1 for part in parts[:-1]])
-    for part, offset, before in zip(parts, offsets, documents_before, strict=True):
-        part["starts"] += offset
-        part["document"] += before
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in _ARRAYS}
-    return Blocks(digest, tuple(documents), **arrays)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stream:
-    """One domain's tokens, all arrays [T]: UTF-8 bytes and index of the document of each."""
-
-    tokens: NDArray[np.int32]
-    sizes: NDArray[np.int64]
-    owners: NDArray[np.int32]
-
-
-def _stream(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    separator: int | None,
-    budget: int | None,
-    per_document: int | None,
-) -> _Stream:
-    tokens, sizes = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-    owners = [np.empty(0, np.int32)]
-    total = 0
-    for index, document in enumerate(documents):
-        if budget is not None and total >= budget:
-            break
-        ids, byte_counts = _encode(document.text, tokenizer)
-        if separator is not None:
-            ids, byte_counts = [separator, *ids], np.concatenate([[0], byte_counts])
-        keep = min(
-            len(ids),
-            per_document if per_document is not None else len(ids),
-            budget - total if budget is not None else len(ids),
-        )
-        tokens.append(np.asarray(ids[:keep], dtype=np.int32))
-        sizes.append(byte_counts[:keep].astype(np.int64))
-        owners.append(np.full(keep, index, dtype=np.int32))
-        total += keep
-    return _Stream(np.concatenate(tokens), np.concatenate(sizes), np.concatenate(owners))
-
-
-def _encode(text: str, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.int64]]:
-    """Token ids and the bytes of text that each stands for, which sum to the text's bytes.
-
-    A token's bytes reach from the furthest end before it to its own end, so that pieces of one
-    character do not count it twice and skipped white space counts with the token after it.
-    """
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    if not ids:
-        return ids, np.empty(0, np.int64)
-    if offsets is None:  # a slow tokenizer has no offsets: spread the bytes evenly
-        ends = np.linspace(0, len(text.encode()), len(ids) + 1).astype(np.int64)[1:]
-    else:
-        byte_ends = _byte_positions(text)
-        ends = byte_ends[np.maximum.accumulate([end for _, end in offsets])]
-        ends[-1] = byte_ends[-1]
-    return ids, np.diff(ends, prepend=0)
-
-
-def _byte_positions(text: str) -> NDArray[np.int64]:
-    """UTF-8 byte offset of each character position, int64 [len(text) + 1]."""
-    if text.isascii():
-        return np.arange(len(text) + 1)
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
-    return np.concatenate([[0], np.cumsum(widths)])
-
-
-def _blocks(stream: _Stream, spans: Sequence[Span], code: int) -> dict[str, Any]:
-    starts, ends, context = np.asarray(spans, dtype=np.int64).T
-    byte_sums = np.concatenate([[0], np.cumsum(stream.sizes)])
-    cluster = [
-        np.bincount(stream.owners[start + read : end]).argmax() for start, end, read in spans
-    ]
-    return {
-        "tokens": stream.tokens,
-        "starts": starts,
-        "lengths": (ends - starts).astype(np.int32),
-        "context": context.astype(np.int32),
-        "domain": np.full(len(starts), code, dtype=np.int32),
-        "document": np.asarray(cluster, dtype=np.int32),
-        "bytes": byte_sums[ends] - byte_sums[starts + context],
-    }
 
 
 def save(blocks: Blocks, folder: Path) -> None:

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
-from ckptfuse.blocks import block_digest, load_tokenizer
+from ckptfuse import packing
+from ckptfuse.blocks import block_digest
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.conversion import model_config
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.jobs import run_job
 from ckptfuse.layouts import read_layout
-from ckptfuse.params import CorpusParams, Domain, ScoringParams
+from ckptfuse.params import CorpusParams, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
 from ckptfuse.records import DomainScore, Records, ScoreRecord
 from ckptfuse.scoring import numerics
 from ckptfuse.store import FolderStore, open_store
+from ckptfuse.tokenizing import load_tokenizer
 
 DEFAULT_BLOCK_LENGTH = 1_024
 
@@ -47,7 +49,7 @@ def score_once(
     model: str | None = None,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> HandScore:
-    """Score one checkpoint on JSONL files, all of their text unless ``split`` is given.
+    """Score one checkpoint on target text, all of it unless ``split`` is given.
 
     ``block_length`` defaults to 1,024 tokens, or the model's longest context if that is shorter.
     """
@@ -66,14 +68,13 @@ def score_once(
             "model": model,
         }
     )
-    domains = {name: Domain(path=uri) for name, uri in corpora.items()}
-    corpus_params = CorpusParams(domains=domains)
-    corpus = read_corpus(corpus_params)
+    corpus_params = CorpusParams.of(corpora)
+    corpus = read_corpus(corpus_params, whole=True)
     documents = documents_of(corpus, split, corpus_params) if split else corpus.domains
     source = load_tokenizer(open_store(tokenizer or model or checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         name = _digest(corpus, source.digest, split, params)
-        built = blocks_module.build(documents, source, digest=name, cut=params.cut)
+        built = packing.build(documents, source, digest=name, cut=params.cut)
         blocks_module.save(built, Path(folder, "blocks"))
         records = Records(FolderStore(Path(folder, "records")))
         request = Request(

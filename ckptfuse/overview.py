@@ -9,6 +9,7 @@ from ckptfuse.losses import combine
 from ckptfuse.promotion import champion
 from ckptfuse.records import (
     CheckpointRecord,
+    CorpusRecord,
     GateRecord,
     PlanRecord,
     PromotionRecord,
@@ -17,6 +18,7 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.service import Service, plans_of
+from ckptfuse.steps.survey import known_survey
 from ckptfuse.window import in_order, window_key, windows
 
 
@@ -41,6 +43,7 @@ class Overview:
     quarantined: tuple[QuarantineRecord, ...]
     champion: PromotionRecord | None
     publications: tuple[PublicationRecord, ...]
+    corpus: CorpusRecord | None  # None before the first look
 
 
 def overview(service: Service, split: Split = "report") -> Overview:
@@ -77,6 +80,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
         quarantined=tuple(records.all(QuarantineRecord).values()),
         champion=present,
         publications=tuple(sorted(publications.values(), key=lambda p: int(p.version))),
+        corpus=known_survey(service),
     )
 
 

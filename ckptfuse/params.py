@@ -30,13 +30,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Domain(Section):
-    """One kind of target text: a JSONL file with a ``text`` field, and its share in the target."""
-
-    path: str
-    weight: float = Field(default=1.0, ge=0)
-
-
 class Shares(Section):
     """Parts of the documents that go to each split; normalised to 1."""
 
@@ -51,6 +44,26 @@ class Budget(Section):
     selection: int = Field(default=32_768, gt=0)
     audit: int = Field(default=131_072, gt=0)
     report: int = Field(default=65_536, gt=0)
+
+
+class DomainBudget(Section):
+    """A domain's own budgets; None: that of all domains."""
+
+    selection: int | None = Field(default=None, gt=0)
+    audit: int | None = Field(default=None, gt=0)
+    report: int | None = Field(default=None, gt=0)
+
+
+class Domain(Section):
+    """One kind of target text: its file or folder, and its share in the target.
+
+    ``field`` names the text in JSON lines, and the column in Parquet.
+    """
+
+    path: str
+    weight: float = Field(default=1.0, ge=0)
+    field: str = "text"
+    tokens: DomainBudget = DomainBudget()
 
 
 class CorpusParams(Section):
@@ -71,6 +84,21 @@ class CorpusParams(Section):
         if domains and not any(domain.weight for domain in domains.values()):
             raise ValueError("every domain has weight 0; at least one must count")
         return domains
+
+    @classmethod
+    def of(cls, paths: Mapping[str, str], *, field: str = "text") -> "CorpusParams":
+        """Domains that were named by hand; raises ConfigurationError where one cannot be."""
+        try:
+            domains = {n: Domain(path=path, field=field) for n, path in paths.items()}
+            return cls(domains=domains)
+        except ValidationError as error:
+            problems = "; ".join(problem["msg"] for problem in error.errors())
+            raise ConfigurationError(f"corpus {dict(paths)}: {problems}") from error
+
+    def budget(self, domain: str) -> Budget:
+        """Most tokens of a domain in each split."""
+        own = self.domains[domain].tokens.model_dump(exclude_none=True)
+        return self.tokens.model_copy(update=own)
 
 
 class ScoringParams(Section):
@@ -230,7 +258,7 @@ class Params(BaseSettings):
         """Digest of the science, without where the text lies (its content has its own digest)."""
         values = self.scientific()
         for domain in values["corpus"]["domains"].values():
-            del domain["path"]
+            del domain["path"], domain["field"]
         return digest(values)
 
     @property

@@ -73,6 +73,39 @@ class ScoreRecord(Record):
     domains: dict[str, DomainScore]
 
 
+class SplitContents(BaseModel):
+    """``near_duplicates``: of these documents, those that have one in the split that is named."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    documents: int
+    bytes: int
+    near_duplicates: dict[str, int]
+
+
+class PlacedDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    domain: str
+    split: str
+    digest: str  # SHA-256 of the text
+    beginning: str
+
+
+class NearDuplicates(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    similarity: float
+    one: PlacedDocument
+    other: PlacedDocument
+
+
+class CorpusRecord(Record):
+    """What the corpus holds, by domain and split; keyed by its digest."""
+
+    kind: ClassVar = "corpus"
+    corpus: str
+    domains: dict[str, dict[str, SplitContents]]
+    examples: list[NearDuplicates]
+
+
 class Member(BaseModel):
     """One checkpoint of a window and the weight it was given."""
 

@@ -1,6 +1,5 @@
 """What a scoring job is asked: this machine's numerics, blocks on disk, models without records."""
 
-import json
 import math
 import shlex
 import time
@@ -9,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
-from ckptfuse import conversion
-from ckptfuse.blocks import block_digest, load_tokenizer, tokenizer_files_digest
-from ckptfuse.corpus import SPLITS, Corpus, Split, documents_of, read_corpus
+from ckptfuse import conversion, packing
+from ckptfuse.blocks import block_digest
+from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Progress, Split, documents_of
 from ckptfuse.devices import slots, visible_gpus
-from ckptfuse.digests import digest
-from ckptfuse.errors import CorpusError, MissingFile
+from ckptfuse.errors import CorpusError
 from ckptfuse.jobs import ModelScores, run_jobs
 from ckptfuse.losses import Estimate, Losses
 from ckptfuse.meter import Meter
@@ -29,7 +27,8 @@ from ckptfuse.protocol import (
     score_key,
 )
 from ckptfuse.records import DomainScore, Records, ScoreRecord
-from ckptfuse.store import open_store, split_uri, throttle
+from ckptfuse.store import open_store, throttle
+from ckptfuse.tokenizing import load_tokenizer, tokenizer_files_digest
 
 
 def numerics(params: ScoringParams) -> Numerics:
@@ -75,7 +74,7 @@ class Scorer:
         self.folder = folder
         self.numerics = numerics(params.scoring)
         self.meter = Meter(folder / "scoring.jsonl")
-        self._corpus: Corpus | None = None
+        self._kept = KeptCorpus(params.corpus, folder / "corpora")
 
     @property
     def target_weights(self) -> dict[str, float]:
@@ -93,27 +92,15 @@ class Scorer:
         return TokenizerSource(found, uri)
 
     def corpus(self) -> Corpus:
-        if self._corpus is None:
-            self._corpus = read_corpus(self.params.corpus)
-        return self._corpus
+        return self._kept.corpus
+
+    def prepare_corpus(self, read: Progress) -> None:
+        """Read the corpus's files now, if need be; ``read`` is told how it goes on."""
+        self._kept.prepare(read)
 
     def corpus_digest(self) -> str:
-        """The corpus's digest, remembered by size and version of its files."""
-        files = {}
-        for name, domain in self.params.corpus.domains.items():
-            parent, file = split_uri(domain.path)
-            try:
-                entry = open_store(parent).stat(file)
-            except MissingFile as error:
-                raise CorpusError(f"corpus.domains.{name}: {error}") from error
-            files[name] = [domain.path, entry.size, entry.version]
-        decides = self.params.corpus.model_dump(mode="json", exclude={"domains"})
-        memory = self.folder / "corpora" / f"{digest([files, decides])}.json"
-        if memory.is_file():
-            return str(json.loads(memory.read_text()))
-        found = self.corpus().digest
-        open_store(memory.parent).write(memory.name, json.dumps(found).encode())
-        return found
+        """The corpus's digest; for files that were read before, from their sizes and versions."""
+        return self._kept.digest
 
     def block_digest(self, tokenizer: str, split: Split) -> str:
         return block_digest(
@@ -128,12 +115,13 @@ class Scorer:
         name = self.block_digest(tokenizer.digest, split)
         folder = self.folder / "blocks" / name
         if not (folder / "blocks.json").is_file():
-            built = blocks_module.build(
-                documents_of(self.corpus(), split, self.params.corpus),
+            domains = documents_of(self.corpus(), split, self.params.corpus)
+            built = packing.build(
+                domains,
                 load_tokenizer(open_store(tokenizer.uri)),
                 digest=name,
                 cut=self.params.scoring.cut,
-                tokens=getattr(self.params.corpus.tokens, split),
+                tokens={n: getattr(self.params.corpus.budget(n), split) for n in domains},
                 tokens_per_document=self.params.corpus.tokens_per_document,
             )
             blocks_module.save(built, folder)

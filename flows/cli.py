@@ -111,8 +111,10 @@ def _preflight(params: "Params") -> None:
     from ckptfuse.checkpoints import check_bucket_uri
     from ckptfuse.service import open_service
     from ckptfuse.store import open_store
+    from flows.show import reading_bar
 
-    open_service(params).scorer.corpus_digest()
+    with reading_bar(stderr) as read:
+        open_service(params).scorer.prepare_corpus(read)
     open_store(check_bucket_uri(params.bucket)).list()
     _check_prefect(os.environ.get("PREFECT_API_URL"))
 
@@ -182,12 +184,15 @@ def backfill(params: ParamsOption = None) -> None:
 def status(params: ParamsOption = None) -> None:
     """Show what is known of the trajectory: checkpoints, fusions, verdicts."""
     loaded, _ = _load(params)
+    from ckptfuse.corpus.survey import near_duplicates_of
     from ckptfuse.overview import overview
     from ckptfuse.service import open_service
     from flows.show import table
 
     seen = overview(open_service(loaded))
     stdout.print(table(seen))
+    for sentence in near_duplicates_of(seen.corpus) if seen.corpus else ():
+        stdout.print(f"corpus, {sentence} (more: ckptfuse corpus)", markup=False)
     for item in seen.quarantined:
         stdout.print(f"quarantined {item.name}: {item.reason}", markup=False)
 
@@ -206,7 +211,8 @@ def report(params: ParamsOption = None) -> None:
 def score(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder or s3:// prefix.")],
     corpus: Annotated[
-        list[str], typer.Option(help="NAME=FILE.jsonl with a text field; repeat for more domains.")
+        list[str],
+        typer.Option(help="NAME=PATH: JSON lines, text, Parquet, or a folder of them; repeatable."),
     ],
     split: Annotated[
         str | None, typer.Option(help="selection, audit or report  [default: all the text]")
@@ -231,7 +237,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score one checkpoint on text files: loss, perplexity, bits per byte."""
-    corpora = dict(_pair(item, "--corpus", "NAME=FILE.jsonl") for item in corpus)
+    corpora = dict(_pair(item, "--corpus", "NAME=PATH") for item in corpus)
     _check_choice("--split", split, (None, "selection", "audit", "report"))
     _check_choice("--bos", bos, ("document", "none"))
     _check_choice("--device", device, ("auto", "cpu", "cuda"))
@@ -252,6 +258,36 @@ def score(
             progress=progress,
         )
     print_score(result, checkpoint, stdout=stdout, stderr=stderr, as_json=as_json)
+
+
+@app.command()
+def corpus(
+    domains: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=PATH", help="Domains  [default: those of params.yaml]"),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Of NAME=PATH: the field or column of the text.")] = (
+        "text"
+    ),
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with a tokenizer, to count the tokens scored.")
+    ] = None,
+    params: ParamsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look through target text: documents, tokens, copies, near-duplicates across splits."""
+    from ckptfuse.inspection import inspect_corpus
+    from ckptfuse.params import CorpusParams, load_params
+    from flows.show import print_corpus, reading_bar
+
+    if domains:
+        pairs = dict(_pair(item, "domain", "NAME=PATH") for item in domains)
+        chosen = CorpusParams.of(pairs, field=field)
+    else:
+        chosen = load_params(params).corpus
+    with reading_bar(stderr) as read:
+        seen = inspect_corpus(chosen, tokenizer=tokenizer or chosen.tokenizer, read=read)
+    print_corpus(seen, stdout=stdout, stderr=stderr, as_json=as_json)
 
 
 @app.command()

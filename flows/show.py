@@ -3,17 +3,28 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ckptfuse.corpus.survey import EXAMPLES
+from ckptfuse.inspection import Inspection
 from ckptfuse.once import HandScore
 from ckptfuse.overview import Overview
 from ckptfuse.protocol import Event, Progress
 
 _STYLES = {"champion": "bold green", "published": "green", "declined": "yellow", "skipped": "dim"}
+_COUNTS = ("documents", "bytes", "tokens")
 
 
 def _number(value: float | None, signed: bool = False) -> str:
@@ -90,3 +101,57 @@ def print_score(
         f"{result.split} text, blocks of {result.block_length} tokens, {result.dtype} on "
         f"{result.device}; loss in nats per token"
     )
+
+
+@contextmanager
+def reading_bar(stderr: Console) -> Iterator[Callable[[int, int], None]]:
+    """On a terminal, a bar over the bytes of the corpus's files."""
+    columns = (
+        TextColumn("reading"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("bytes", total=None)
+        yield lambda size, of: bar.update(task, advance=size, total=of)
+
+
+def print_corpus(seen: Inspection, *, stdout: Console, stderr: Console, as_json: bool) -> None:
+    """Per domain and split: documents, bytes and tokens drawn, and near-duplicates elsewhere."""
+    if as_json:
+        values = {
+            "corpus": seen.contents.corpus,
+            "sources": {name: asdict(source) for name, source in seen.sources.items()},
+            "domains": seen.contents.model_dump()["domains"],
+            "tokens": seen.tokens,
+            "examples": seen.contents.model_dump()["examples"],
+        }
+        print(json.dumps(values, indent=2))
+        return
+    drawn = Table()
+    for heading in ("domain", "split", "documents", "bytes", "tokens", "near-duplicates in"):
+        drawn.add_column(heading, justify="right" if heading in _COUNTS else "left")
+    for name, splits in seen.contents.domains.items():
+        for split, held in splits.items():
+            drawn.add_row(
+                name,
+                split,
+                f"{held.documents:,}",
+                f"{held.bytes:,}",
+                f"{seen.tokens[name][split]:,}" if seen.tokens is not None else "",  # type: ignore[index]
+                ", ".join(f"{other}: {n}" for other, n in held.near_duplicates.items()),
+            )
+    stdout.print(drawn)
+    for pair in seen.contents.examples[:EXAMPLES]:
+        stdout.print(f"{pair.similarity:.0%} alike:", markup=False)
+        for place in (pair.one, pair.other):
+            where = f"{place.domain} {place.split} {place.digest[:12]}"
+            stdout.print(f"  {where}  {place.beginning}", markup=False)
+    for name, source in seen.sources.items():
+        stderr.print(
+            f"{name}: {source.documents:,} documents of {source.bytes / 1e6:,.1f} MB in "
+            f"{source.files:,} files, {source.documents - source.distinct:,} of them copies",
+            markup=False,
+        )

@@ -18,7 +18,7 @@ from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import load_state
 from flows.environment import prepare
 from flows.fuse import fuse, publish_window
-from tasks.discover import discover, plan_actions, quarantine, skip
+from tasks.discover import discover, plan_actions, quarantine, skip, survey_corpus
 from tasks.log import log
 from tasks.prune import prune
 from tasks.publish import draw_curves
@@ -59,6 +59,7 @@ def watch(params_file: str, live: bool = True) -> Summary:
 
 
 def _look(service: Service, params_file: str, live: bool) -> Summary:
+    survey_corpus(service)
     listing = discover(service)
     summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
     try:

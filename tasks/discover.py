@@ -3,10 +3,11 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ckptfuse.corpus.survey import near_duplicates_of
 from ckptfuse.listing import Listing
 from ckptfuse.plan import Actions, Quarantine, Skip
 from ckptfuse.service import Service
-from ckptfuse.steps import look
+from ckptfuse.steps import look, survey
 from tasks.log import log
 from tasks.retries import transient
 
@@ -15,6 +16,15 @@ from tasks.retries import transient
 def discover(service: Service) -> Listing:
     """List the bucket."""
     return look.discover(service)
+
+
+@task(cache_policy=NO_CACHE)
+def survey_corpus(service: Service) -> None:
+    """Look through the corpus, once, and tell of what a person may want to remove from it."""
+    record, is_new = survey.survey_corpus(service)
+    if is_new:
+        for sentence in near_duplicates_of(record):
+            log.warning("corpus, %s", sentence)
 
 
 @task(cache_policy=NO_CACHE)

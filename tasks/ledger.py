@@ -1,6 +1,7 @@
 """The ledger: a Git repository with DVC that the service owns, one commit and tag per fusion.
 
     dvc.yaml params.yaml constraints.txt   how                      in Git
+    sources.yaml                           what corpus/ is drawn from  in Git
     window.yaml dvc.lock metrics.json      what came out            in Git
     corpus/ scores/ decision.json model/   text, scores, weights    in DVC
 
@@ -13,18 +14,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 
+from ckptfuse.corpus import jsonl
 from ckptfuse.errors import PublicationError
-from ckptfuse.params import Params
 from ckptfuse.processes import end_with_parent
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
 from ckptfuse.service import Service
-from ckptfuse.store import open_store, read_uri, remove_folder
+from ckptfuse.store import open_store, remove_folder
 from tasks import stages
 from tasks.window_file import WindowFile
 
@@ -148,7 +149,7 @@ class Ledger:
         for name in _TEMPLATES:
             (self.folder / name).write_bytes(template(name).read_bytes())
         WindowFile.of(decided, verdict).write(self.folder)  # dvc.yaml does not parse without it
-        self._lay_corpus(service.params)
+        self._lay_corpus(service)
         remove_folder(self.folder / "scores")
         for member in decided.members:
             path = self.folder / stages.SCORES / f"step{member.step}.npz"
@@ -157,33 +158,40 @@ class Ledger:
         stages.write_metrics(service, decided, verdict, self.folder)
         link_tree(Path(fusion.folder), self.folder / "model")
 
-    def _lay_corpus(self, params: Params) -> None:
-        """The corpus files, and the scientific parameters with their paths in the ledger."""
+    def _lay_corpus(self, service: Service) -> None:
+        """The documents drawn, and the scientific parameters with their paths in the ledger.
+
+        Drawn from again they are the same corpus, so the files they came from can be of any size,
+        form and place; ``sources.yaml`` names them.
+        """
+        corpus, params = service.scorer.corpus(), service.params
         science = params.scientific()
-        files = {f"{name}.jsonl": d.path for name, d in params.corpus.domains.items()}
+        files = {f"{name}.jsonl": jsonl(drawn) for name, drawn in corpus.domains.items()}
         for name in params.corpus.domains:
-            science["corpus"]["domains"][name]["path"] = f"corpus/{name}.jsonl"
+            science["corpus"]["domains"][name] |= {"path": f"corpus/{name}.jsonl", "field": "text"}
         if params.corpus.tokenizer:
             store = open_store(params.corpus.tokenizer)
-            files |= {f"tokenizer/{e.path}": f"{store.uri}/{e.path}" for e in store.list("")}
+            files |= {f"tokenizer/{e.path}": store.read(e.path) for e in store.list("")}
             science["corpus"]["tokenizer"] = "corpus/tokenizer"
-        text = yaml.safe_dump(science, sort_keys=False)
-        (self.folder / "params.yaml").write_text(text)
-        if self._copy_changed(files):
+        self._write_yaml("params.yaml", science)
+        self._write_yaml("sources.yaml", {n: asdict(s) for n, s in corpus.sources.items()})
+        if self._replace_changed(files):
             self.dvc("add", "corpus")
 
-    def _copy_changed(self, files: Mapping[str, str]) -> bool:
-        """Copy the corpus unless every file in place has the content of its source."""
+    def _write_yaml(self, name: str, values: object) -> None:
+        (self.folder / name).write_text(yaml.safe_dump(values, sort_keys=False))
+
+    def _replace_changed(self, files: Mapping[str, bytes]) -> bool:
+        """Write the corpus anew unless every file in place has its content already."""
         corpus = self.folder / "corpus"
         present = {p.relative_to(corpus).as_posix() for p in corpus.rglob("*") if p.is_file()}
-        sources = {name: read_uri(uri) for name, uri in files.items()}
-        same = present == sources.keys() and all(
-            (corpus / name).read_bytes() == data for name, data in sources.items()
+        same = present == files.keys() and all(
+            (corpus / name).read_bytes() == data for name, data in files.items()
         )
         if same and (self.folder / "corpus.dvc").is_file():
             return False
         remove_folder(corpus)
-        for name, data in sources.items():
+        for name, data in files.items():
             path = corpus / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)

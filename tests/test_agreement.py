@@ -13,12 +13,14 @@ from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ckptfuse.blocks import Blocks, build, load_tokenizer
+from ckptfuse.blocks import Blocks
 from ckptfuse.corpus import Document
 from ckptfuse.cut import Cut
+from ckptfuse.packing import build
 from ckptfuse.perplexity import score_blocks
 from ckptfuse.score_records import losses_of, summarise
 from ckptfuse.store import FolderStore
+from ckptfuse.tokenizing import load_tokenizer
 from tests.conftest import Trajectory
 
 LENGTH = 96

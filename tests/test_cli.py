@@ -77,7 +77,7 @@ def test_a_corpus_line_that_is_no_json_is_named(project: Project) -> None:
     ("arguments", "said"),
     [
         (["score", "ckpt"], "Missing option '--corpus'"),
-        (["score", "ckpt", "--corpus", "file.jsonl"], "NAME=FILE.jsonl is expected"),
+        (["score", "ckpt", "--corpus", "file.jsonl"], "NAME=PATH is expected"),
         (["score", "ckpt", "--corpus", "a=b", "--split", "test"], "selection, audit or report"),
         (["merge", "out", "ckpt"], "CHECKPOINT=WEIGHT is expected"),
         (["merge", "out", "ckpt=heavy"], "a weight is no number"),
@@ -87,6 +87,23 @@ def test_a_corpus_line_that_is_no_json_is_named(project: Project) -> None:
 )
 def test_wrong_usage_ends_with_status_2(project: Project, arguments: list[str], said: str) -> None:
     assert said in project.cli(*arguments, status=2).stderr
+
+
+def test_the_corpus_is_looked_through_by_hand_or_as_params_name_it(project: Project) -> None:
+    texts = [" ".join(f"word{n // 3}x{k}" for k in range(40)) + f" {n}" for n in range(90)]
+    (project.folder / "own").mkdir()
+    for number, text in enumerate([*texts, texts[0]]):
+        (project.folder / "own" / f"{number}.txt").write_text(text)
+    by_hand = json.loads(project.cli("corpus", "own=own", "--json").stdout)
+    held = by_hand["domains"]["own"]
+    assert sum(split["documents"] for split in held.values()) == 90
+    assert held["audit"]["near_duplicates"]["selection"] > 0
+    assert (by_hand["sources"]["own"]["documents"], by_hand["tokens"]) == (91, None)
+    change_params(project, corpus={"domains": {"own": {"path": "own"}}})
+    told = project.cli("corpus")
+    assert f"{held['audit']['bytes']:,}" in told.stdout
+    assert "% alike:" in told.stdout
+    assert "91 documents of 0.0 MB in 91 files, 1 of them copies" in told.stderr
 
 
 @pytest.mark.usefixtures("prefect_server")

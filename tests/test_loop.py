@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.conftest import Project
+from ckptfuse.corpus import read_corpus
+from ckptfuse.params import load_params
+from tests.conftest import Project, Trajectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -73,6 +76,21 @@ def test_the_ledger_is_clean_and_a_forced_repro_makes_the_same_weights(
     )
 
 
+def test_the_ledger_keeps_what_was_drawn_and_it_is_the_services_corpus(
+    finished: Project, trajectory: Trajectory
+) -> None:
+    ledger = finished.workspace / "ledger"
+    assert {read_corpus(load_params(ledger / "params.yaml").corpus).digest} == set(
+        finished.records("corpus")
+    )
+    sources = yaml.safe_load((ledger / "sources.yaml").read_text())
+    for name, path in trajectory.corpus.items():
+        kept = (ledger / "corpus" / f"{name}.jsonl").read_bytes().splitlines()
+        assert set(kept) <= set(path.read_bytes().splitlines())
+        assert sources[name]["uri"] == str(path)
+        assert 0 < len(kept) <= sources[name]["distinct"]
+
+
 def test_the_champion_loads_from_the_registry_in_a_fresh_process(finished: Project) -> None:
     program = (
         "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]);"
@@ -112,6 +130,8 @@ def test_status_and_report_show_what_the_records_say(finished: Project) -> None:
     page = Path(finished.cli("report").stdout.strip()).read_text()
     assert "superseded by step 720" in page
     assert page.count("<svg") == 4
+    (corpus,) = finished.records("corpus").values()
+    assert page.count('<td class="word">audit</td>') == len(corpus["domains"])  # type: ignore[arg-type]
 
 
 def test_fuse_of_a_decided_window_repeats_its_verdict(finished: Project) -> None:

@@ -1,10 +1,14 @@
 """The same work with everything on S3: two real servers of different kinds, on loopback."""
 
+import gzip
+import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ckptfuse.digests import content_digest
@@ -22,6 +26,7 @@ def s3(
 ) -> Iterator[S3Server]:
     """A server whose bucket ``training`` holds the first four checkpoints and the corpus.
 
+    The corpus in forms of several kinds: a folder with Parquet, compressed lines, plain lines.
     rclone's, unless the test asks for others: it checks secrets, as the real one does.
     """
     server: S3Server = request.getfixturevalue(f"{getattr(request, 'param', 'rclone')}_server")
@@ -31,8 +36,13 @@ def s3(
         client().create_bucket(Bucket="training")
         for step in trajectory.steps()[:4]:
             upload(trajectory.bucket / f"checkpoint-{step}", f"s3://training/run/checkpoint-{step}")
-        for name, path in trajectory.corpus.items():
-            open_store("s3://training/corpus").write(f"{name}.jsonl", path.read_bytes())
+        corpus = open_store("s3://training/corpus")
+        texts = {name: path.read_bytes() for name, path in trajectory.corpus.items()}
+        column = [json.loads(line)["text"] for line in texts["c"].splitlines()]
+        pq.write_table(pa.table({"text": column}), parquet := io.BytesIO())
+        corpus.write("c/part-0.parquet", parquet.getvalue())
+        corpus.write("prose.jsonl.gz", gzip.compress(texts["prose"]))
+        corpus.write("python.jsonl", texts["python"])
     yield server
     client.cache_clear()
 
@@ -45,7 +55,8 @@ def upload(folder: Path, uri: str) -> None:
 
 def on_s3(folder: Path, trajectory: Trajectory) -> Project:
     """A project whose checkpoints and corpus lie on S3; its workspace is local."""
-    corpus = {name: Path(f"s3:/training/corpus/{name}.jsonl") for name in trajectory.corpus}
+    files = {"c": "c", "prose": "prose.jsonl.gz", "python": "python.jsonl"}
+    corpus = {name: Path(f"s3:/training/corpus/{file}") for name, file in files.items()}
     project = make_project(
         folder, Trajectory(trajectory.bucket, corpus), watch={"settle_seconds": 0}
     )
@@ -86,7 +97,7 @@ def test_score_and_merge_take_s3_uris(s3: S3Server, trajectory: Trajectory, tmp_
         return scores
 
     local = score(str(trajectory.bucket / f"checkpoint-{first}"), str(trajectory.corpus["c"]))
-    remote = score(f"s3://training/run/checkpoint-{first}", "s3://training/corpus/c.jsonl")
+    remote = score(f"s3://training/run/checkpoint-{first}", "s3://training/corpus/c")
     assert remote["domains"] == local["domains"]
     assert remote["fingerprint"] == local["fingerprint"]
 

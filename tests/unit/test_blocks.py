@@ -10,11 +10,13 @@ from tokenizers import Tokenizer as Tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ckptfuse.blocks import Blocks, Tokenizer, block_digest, build, load, load_tokenizer, save
+from ckptfuse.blocks import Blocks, block_digest, load, save
 from ckptfuse.corpus import Document
 from ckptfuse.cut import Cut
 from ckptfuse.errors import CorpusError
+from ckptfuse.packing import build
 from ckptfuse.store import FolderStore
+from ckptfuse.tokenizing import Tokenizer, load_tokenizer
 
 
 def write_tokenizer(folder: Path, **special: str) -> Path:
@@ -100,7 +102,7 @@ def test_a_separator_stands_before_each_document_unless_it_is_unwanted(
 
 def test_budgets_cut_the_domain_and_each_document(tokenizer: Tokenizer) -> None:
     texts = ["the quick brown fox " * 20] * 5
-    assert len(blocks_of(tokenizer, texts, 16, tokens=70).tokens) == 70
+    assert len(blocks_of(tokenizer, texts, 16, tokens={"text": 70}).tokens) == 70
     assert len(blocks_of(tokenizer, texts, 16, tokens_per_document=10).tokens) == 50
 
 

@@ -1,13 +1,32 @@
-"""Documents to splits: nothing lost, nothing on two sides, whatever is added or reordered."""
+"""Documents to splits: what is drawn, nothing on two sides, whatever is added or reordered."""
 
+import hashlib
 import json
+import os
+import tempfile
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ckptfuse.corpus import SPLITS, documents_of, read_corpus
+from ckptfuse.corpus import (
+    SPLITS,
+    Corpus,
+    Document,
+    KeptCorpus,
+    documents_of,
+    jsonl,
+    read_corpus,
+    split_of,
+)
 from ckptfuse.errors import CorpusError
-from ckptfuse.params import CorpusParams, Domain
+from ckptfuse.params import Budget, CorpusParams, Domain, DomainBudget, Shares
 
 
 def write_texts(path: Path, texts: list[str]) -> Domain:
@@ -67,29 +86,173 @@ def test_a_document_of_two_domains_counts_in_the_first(tmp_path: Path) -> None:
     assert [d.text for d in corpus.domains["b"]] == ["own"]
 
 
-@pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '"text"', '{"text": 3}', "[1]"])
-def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
-    with pytest.raises(CorpusError, match=r"a\.jsonl, line 3"):
-        read_corpus(CorpusParams(domains={"text": Domain(path=str(path))}))
-
-
-def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path: Path) -> None:
-    text = "one\u2028two\x85three"
-    params = corpus_of(tmp_path / "a.jsonl", [text])
-    assert read_corpus(params).domains["text"][0].text == text
-
-
-def test_windows_line_ends_and_a_byte_order_mark_are_accepted(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
-    corpus = read_corpus(CorpusParams(domains={"text": Domain(path=str(path))}))
-    assert {d.text for d in corpus.domains["text"]} == {"one", "two"}
-
-
-def test_a_missing_file_and_a_corpus_without_domains_are_told(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match="no such corpus file"):
-        read_corpus(CorpusParams(domains={"text": Domain(path=str(tmp_path / "absent.jsonl"))}))
+def test_a_corpus_without_domains_or_text_is_told(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"corpus\.domains"):
         read_corpus(CorpusParams())
+    with pytest.raises(CorpusError, match=r"a\.jsonl: domain 'text' has no documents of its own"):
+        read_corpus(corpus_of(tmp_path / "a.jsonl", ["", ""]))
+
+
+# -- the draw ----------------------------------------------------------------------------------
+
+SMALL = {"tokens": {"selection": 3, "audit": 5, "report": 2}, "tokens_per_document": 2}
+
+
+def drawn(texts: list[str], **changes: object) -> list[tuple[str, str]]:
+    """Split and text of what is drawn within the small budgets, in the order of the draw."""
+    with tempfile.TemporaryDirectory() as folder:
+        params = corpus_of(Path(folder, "a.jsonl"), texts, **{**SMALL, **changes})
+        documents = read_corpus(params).domains["text"]
+    splits = [split_of(d, salt=params.salt, shares=params.shares) for d in documents]
+    return [(split, document.text) for split, document in zip(splits, documents, strict=True)]
+
+
+def drawn_by_sorting(texts: list[str]) -> set[tuple[str, str]]:
+    """The same from its definition, with all the texts in memory."""
+    found: set[tuple[str, str]] = set()
+    budgets: dict[str, int] = dict(SMALL["tokens"])  # type: ignore[call-overload]
+    counted = dict.fromkeys(budgets, 0)
+
+    def sha256(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    for text in sorted(set(texts), key=lambda text: sha256(f"draw:0:{sha256(text)}")):
+        split = split_of(Document(text, sha256(text)), salt="ckptfuse", shares=Shares())
+        if counted[split] < 32 * budgets[split]:
+            counted[split] += min(max(len(text.encode()), 32), 64)
+            found.add((split, text))
+    return found
+
+
+MANY = st.lists(st.text("aé\n", min_size=1, max_size=80), min_size=1, max_size=60)
+
+
+@given(texts=MANY)
+@settings(max_examples=60, deadline=None)
+def test_the_first_documents_that_the_budget_can_use_are_drawn(texts: list[str]) -> None:
+    assert set(drawn(texts)) == drawn_by_sorting(texts)
+
+
+@given(texts=MANY, more=MANY)
+@settings(max_examples=60, deadline=None)
+def test_a_document_never_changes_sides_and_comes_in_by_no_other_ones_arrival(
+    texts: list[str], more: list[str]
+) -> None:
+    before, after = drawn(texts), drawn([*more, *texts])
+    kept = [item for item in after if item[1] in texts]
+    assert kept == [item for item in before if item in kept]
+
+
+@given(texts=MANY)
+@settings(max_examples=30, deadline=None)
+def test_what_was_drawn_and_is_drawn_again_is_the_same_corpus(texts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        both = {"a": write_texts(folder / "a.jsonl", texts)}
+        both["b"] = write_texts(folder / "b.jsonl", [*texts, "b's own"])
+        params = CorpusParams.model_validate({"domains": both, **SMALL})
+        first = read_corpus(params)
+        for domain, documents in first.domains.items():
+            (folder / f"{domain}.jsonl").write_bytes(jsonl(documents))
+        again = read_corpus(params)
+    assert (again.domains, again.digest) == (first.domains, first.digest)
+
+
+def test_only_documents_that_are_drawn_and_budgets_make_another_corpus(tmp_path: Path) -> None:
+    texts = [f"document {number} of some length, and then a little more" for number in range(300)]
+    usual = corpus_of(tmp_path / "a.jsonl", texts, **SMALL)
+    used = {text for _, text in drawn(texts)}
+    assert len(used) < 20
+    unused = next(text for text in texts if text not in used)
+    fewer = corpus_of(tmp_path / "b.jsonl", [text for text in texts if text != unused], **SMALL)
+    assert read_corpus(fewer).digest == read_corpus(usual).digest
+    other = corpus_of(tmp_path / "c.jsonl", [text for text in texts if text not in used], **SMALL)
+    assert read_corpus(other).digest != read_corpus(usual).digest
+    audit = {**SMALL["tokens"], "audit": 4}  # type: ignore[dict-item]
+    smaller = corpus_of(tmp_path / "a.jsonl", texts, **{**SMALL, "tokens": audit})
+    assert read_corpus(smaller).digest != read_corpus(usual).digest
+
+
+def test_a_domain_may_have_a_budget_of_its_own(tmp_path: Path) -> None:
+    texts = [f"document {number} of some length, and then a little more" for number in range(300)]
+    usual = corpus_of(tmp_path / "a.jsonl", texts, **SMALL)
+    own = usual.domains["text"].model_copy(update={"tokens": DomainBudget(audit=50)})
+    params = usual.model_copy(update={"domains": {"text": own}})
+    assert params.budget("text") == Budget(selection=3, audit=50, report=2)
+    before, after = read_corpus(usual), read_corpus(params)
+    for split in SPLITS:
+        few, many = documents_of(before, split, params), documents_of(after, split, params)
+        assert (len(many["text"]) > len(few["text"])) == (split == "audit")
+        assert many["text"][: len(few["text"])] == few["text"]
+    assert before.digest != after.digest
+
+
+def test_the_whole_text_is_drawn_when_it_is_asked_for(tmp_path: Path) -> None:
+    params = corpus_of(tmp_path / "a.jsonl", TEXTS, **SMALL)
+    assert {d.text for d in read_corpus(params, whole=True).domains["text"]} == set(TEXTS)
+
+
+def test_copies_are_counted_and_the_set_of_documents_is_named(tmp_path: Path) -> None:
+    first = corpus_of(tmp_path / "a.jsonl", [*TEXTS, "", *TEXTS[:7]], **SMALL)
+    source = read_corpus(first).sources["text"]
+    assert (source.documents, source.distinct, source.files) == (207, 200, 1)
+    assert source.bytes == sum(len(text) for text in [*TEXTS, *TEXTS[:7]])
+    second = corpus_of(tmp_path / "b.jsonl", [*reversed(TEXTS)], **SMALL)
+    assert read_corpus(second).sources["text"].digest == source.digest
+    third = corpus_of(tmp_path / "c.jsonl", TEXTS[1:], **SMALL)
+    assert read_corpus(third).sources["text"].digest != source.digest
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_memory_holds_what_is_drawn_and_not_the_file(tmp_path: Path, form: str) -> None:
+    texts = [f"{number} " + "x" * 10_000 for number in range(3_000)]
+    path = tmp_path / f"a.{form}"
+    if form == "jsonl":
+        write_texts(path, texts)
+    else:
+        column = pa.table({"text": texts})
+        pq.write_table(column, path, row_group_size=100, compression=None, use_dictionary=False)
+    params = CorpusParams(
+        domains={"text": Domain(path=str(path))},
+        tokens=Budget(selection=1_000, audit=1_000, report=1_000),
+    )
+    assert path.stat().st_size > 30_000_000
+    tracemalloc.start()
+    corpus = read_corpus(params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert corpus.sources["text"].documents == 3_000
+    assert peak < 12_000_000
+
+
+# -- kept on disk ------------------------------------------------------------------------------
+
+
+def test_a_corpus_is_read_once_for_each_version_of_its_files(tmp_path: Path) -> None:
+    params = corpus_of(tmp_path / "a.jsonl", TEXTS, **SMALL)
+    first = KeptCorpus(params, tmp_path / "kept")
+    assert first.digest == read_corpus(params).digest
+    file = tmp_path / "a.jsonl"
+    then = file.stat()
+    file.write_bytes(b"\n" * then.st_size)
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    again = KeptCorpus(params, tmp_path / "kept")  # as another process would
+    assert (again.digest, again.corpus) == (first.digest, first.corpus)
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns + 1))
+    with pytest.raises(CorpusError, match="no documents"):
+        _ = KeptCorpus(params, tmp_path / "kept").digest
+
+
+def test_two_that_read_a_corpus_at_once_keep_one(tmp_path: Path) -> None:
+    params = corpus_of(tmp_path / "a.jsonl", TEXTS, **SMALL)
+    start = threading.Barrier(2)
+
+    def read(kept: KeptCorpus) -> Corpus:
+        start.wait()
+        return kept.corpus
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(read, [KeptCorpus(params, tmp_path / "kept") for _ in range(2)])
+    assert one == other
+    (folder,) = (tmp_path / "kept").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["about.json", "text.jsonl"]

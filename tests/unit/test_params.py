@@ -165,7 +165,7 @@ def test_a_missing_file_says_how_to_name_one(tmp_path: Path) -> None:
         "promotion: {minimum_gain: 1}",
         "scoring: {threads: 3}",
         "mlflow: {model: m}",
-        "corpus: {domains: {a: {path: /elsewhere/a.jsonl}}}",
+        "corpus: {domains: {a: {path: /elsewhere/a.parquet, field: content}}}",
     ],
 )
 def test_operations_and_the_place_of_the_text_are_not_science(tmp_path: Path, text: str) -> None:
@@ -182,6 +182,7 @@ def test_operations_and_the_place_of_the_text_are_not_science(tmp_path: Path, te
         "trajectory: another",
         "corpus: {salt: x}",
         "corpus: {domains: {a: {path: a.jsonl, weight: 2}}}",
+        "corpus: {domains: {a: {path: a.jsonl, tokens: {audit: 5}}}}",
         "scoring: {block_length: 64}",
         "window: {size: 4}",
         "rule: {name: softmax}",

@@ -1,5 +1,7 @@
 """The parent's side of scoring: what is remembered, what is asked for, what travels as a file."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from ckptfuse.blocks import load
 from ckptfuse.corpus import SPLITS
 from ckptfuse.errors import CorpusError, RecordError
 from ckptfuse.params import ScoringParams
-from ckptfuse.protocol import Numerics, score_key
+from ckptfuse.protocol import BlockSet, Numerics, score_key
 from ckptfuse.records import ScoreRecord
 from ckptfuse.score_files import export_scores, import_scores
 from ckptfuse.scoring import TokenizerSource, numerics
@@ -83,6 +85,37 @@ def test_blocks_are_made_once_and_found_by_their_digest(
     assert service.scorer.block_set(tokenizer, "audit") == first
     assert {path.name: path.stat().st_mtime_ns for path in Path(first.folder).iterdir()} == made
     assert load(first.folder).digest == first.digest
+
+
+def test_two_processes_that_make_the_same_blocks_at_once_end_with_one_set(
+    service: Service, tokenizer: TokenizerSource
+) -> None:
+    start = threading.Barrier(2)
+
+    def make(one: Service) -> BlockSet:
+        start.wait()
+        return one.scorer.block_set(tokenizer, "audit")
+
+    both = [Service(service.params, service.workspace) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(make, both)
+    assert first == second
+    (folder,) = Path(first.folder).parent.iterdir()
+    assert folder == Path(first.folder)
+    assert isinstance(load(folder).tokens, np.memmap)
+
+
+def test_a_domains_own_budget_cuts_its_blocks(
+    service: Service, tokenizer: TokenizerSource, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "text.jsonl")
+    text = {"domains": {"text": {"path": path, "tokens": {"audit": 9}}}}
+    small = make_service(tmp_path, corpus=text, scoring={"block_length": 8})
+    usual = load(service.scorer.block_set(tokenizer, "audit").folder).tokens
+    cut = load(small.scorer.block_set(tokenizer, "audit").folder).tokens
+    assert cut.tolist() == usual[:9].tolist()
+    other = [load(s.scorer.block_set(tokenizer, "report").folder) for s in (service, small)]
+    assert other[0].tokens.tolist() == other[1].tokens.tolist()
 
 
 def test_no_text_is_in_the_blocks_of_two_splits(

@@ -1,0 +1,182 @@
+"""One scorer on one model, in a process of its own; prints one JSON line (see bench/score.py).
+
+    python -m bench.score_one SCORER SHAPE DEVICE
+
+Nothing but this repository, torch and transformers is needed (and lm_eval for that scorer).
+"""
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bench.score_shapes import SHAPES, Shape
+from ckptfuse.blocks import Blocks
+from ckptfuse.cut import Cut
+from ckptfuse.perplexity import score_blocks
+
+#: Scores all documents and answers with the summed negative log-likelihood, nats.
+Scorer = Callable[[], float]
+
+
+def make_model(shape: Shape, device: str) -> torch.nn.Module:
+    """A Llama of random weights, made where it is scored: no checkpoint on disk."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = LlamaConfig(**shape.config())
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def documents_of(shape: Shape) -> list[np.ndarray]:
+    """Token ids of equally long documents; token 0 is the begin of a sequence."""
+    drawn = np.random.default_rng(0).integers(1, shape.vocabulary, (shape.documents, shape.length))
+    return list(drawn.astype(np.int32))
+
+
+def ckptfuse_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
+    streams = [np.concatenate([[0], tokens]).astype(np.int32) for tokens in documents_of(shape)]
+    owners = np.repeat(np.arange(len(streams), dtype=np.int32), [len(s) for s in streams])
+    spans = np.asarray(Cut(shape.context, layout="rolling").spans(owners))
+    starts, ends, context = spans.T
+    blocks = Blocks(
+        "bench", ("text",), np.concatenate(streams), starts, (ends - starts).astype(np.int32),
+        context.astype(np.int32), np.zeros(len(spans), np.int32), owners[starts],
+        ends - starts - context,
+    )  # fmt: skip
+    return lambda: float(score_blocks(model, blocks, vocabulary=shape.vocabulary).nll.sum())
+
+
+def guide_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
+    """The loop of the transformers guide, one window after another, without overlap."""
+    device = next(model.parameters()).device
+
+    def score() -> float:
+        total = 0.0
+        for tokens in documents_of(shape):
+            stream = torch.from_numpy(np.concatenate([[0], tokens])).long()[None].to(device)
+            for begin in range(0, stream.shape[1] - 1, shape.context):
+                window = stream[:, begin : begin + shape.context + 1]
+                with torch.no_grad():
+                    loss = model(window, labels=window).loss
+                total += float(loss) * (window.shape[1] - 1)
+        return total
+
+    return score
+
+
+def harness_scorer(model: torch.nn.Module, shape: Shape, batch_size: int) -> Scorer:
+    """lm-evaluation-harness's loglikelihood_rolling, with a tokenizer that reads token ids."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"<s>": 0} | {str(number): number for number in range(1, shape.vocabulary)}
+    words = Tokenizer(models.WordLevel(known, "<s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<s>")
+    harness = HFLM(
+        pretrained=model, tokenizer=tokenizer, max_length=shape.context, batch_size=batch_size,
+        softmax_dtype="float32", device=str(next(model.parameters()).device),
+    )  # fmt: skip
+    asked = [
+        Instance("loglikelihood_rolling", doc={}, arguments=(" ".join(map(str, tokens)),), idx=n)
+        for n, tokens in enumerate(documents_of(shape))
+    ]
+    return lambda: -sum(harness.loglikelihood_rolling(asked, disable_tqdm=True))
+
+
+def matrix_rate(model: torch.nn.Module) -> float:
+    """Operations a second of one large matrix product in the model's dtype, best of several."""
+    weight = next(model.parameters())
+    size = 8192 if weight.device.type == "cuda" else 2048
+    a = torch.randn(size, size, dtype=weight.dtype, device=weight.device)
+    seconds = []
+    for _ in range(8):
+        started = _now(weight.device)
+        a @ a
+        seconds.append(_now(weight.device) - started)
+    return 2 * size**3 / min(seconds)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Peak:
+    """The most memory that was held above what was held at the start, MiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated() / 2**20
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self._before = _status("VmRSS")
+
+    def above(self) -> float:
+        if self._on_gpu:
+            return torch.cuda.max_memory_allocated() / 2**20 - self._before
+        return _status("VmHWM") - self._before
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scorer", choices=("ckptfuse", "guide", "harness"))
+    parser.add_argument("shape", choices=tuple(SHAPES))
+    parser.add_argument("device", choices=("cpu", "cuda"))
+    parser.add_argument("--batch-size", type=int, default=1, help="of the harness")
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    model = make_model(shape, arguments.device)
+    device = next(model.parameters()).device
+    makers: dict[str, Callable[[], Scorer]] = {
+        "ckptfuse": lambda: ckptfuse_scorer(model, shape),
+        "guide": lambda: guide_scorer(model, shape),
+        "harness": lambda: harness_scorer(model, shape, arguments.batch_size),
+    }
+    score = makers[arguments.scorer]()
+    peak = Peak(device)
+    nll = score()
+    seconds = []
+    for _ in range(arguments.runs):
+        started = _now(device)
+        score()
+        seconds.append(_now(device) - started)
+    tokens = shape.documents * shape.length
+    rate = tokens / statistics.median(seconds)
+    figures: dict[str, Any] = {
+        "loss": nll / tokens,
+        "perplexity": math.exp(nll / tokens),
+        "tokens a second": rate,
+        "peak MiB above the weights": peak.above(),
+        "matrix rate, TFLOP/s": matrix_rate(model) / 1e12,
+        "model FLOP utilisation": rate * shape.flop_a_token() / matrix_rate(model),
+        "seconds": seconds,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Tokenizers of checkpoints: their identity, and text as tokens with the bytes of each."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptfuse.checkpoints import TOKENIZER_FILES
+from ckptfuse.digests import content_digest, digest
+from ckptfuse.errors import CorpusError
+from ckptfuse.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A Hugging Face tokenizer and the digest of its files."""
+
+    encode_with_offsets: Any
+    separator: int | None  # the token between documents
+    digest: str
+
+
+def tokenizer_files_digest(store: Store) -> str | None:
+    """Digest of the tokenizer files in a folder; None when there are none. Small reads only."""
+    contents = []
+    for entry in store.list(""):
+        if entry.path in TOKENIZER_FILES:
+            contents.append([entry.path, entry.size, content_digest(store.read(entry.path))])
+    return digest(contents) if contents else None
+
+
+def load_tokenizer(store: Store) -> Tokenizer:
+    """The tokenizer that lies in a folder or S3 prefix; raises CorpusError when there is none."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    digest_ = tokenizer_files_digest(store)
+    if digest_ is None:
+        raise CorpusError(
+            f"{store.uri}: no tokenizer; set corpus.tokenizer in params.yaml (or --tokenizer) "
+            "to a folder that has them"
+        )
+    transformers_logging.set_verbosity_error()  # "sequence longer than ...": we cut it ourselves
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in store.list(""):
+            if entry.path in TOKENIZER_FILES or entry.path == "config.json":
+                Path(folder, entry.path).write_bytes(store.read(entry.path))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise CorpusError(f"{store.uri}: the tokenizer cannot be loaded: {error}") from error
+    separator = tokenizer.bos_token_id
+    if separator is None:
+        separator = tokenizer.eos_token_id
+
+    def encode(text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+        fast = bool(tokenizer.is_fast)
+        answer = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
+        return answer["input_ids"], answer["offset_mapping"] if fast else None
+
+    return Tokenizer(encode, separator, digest_)
+
+
+def encode(text: str, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.int64]]:
+    """Token ids and the bytes of text that each stands for, which sum to the text's bytes.
+
+    A token's bytes reach from the furthest end before it to its own end, so that pieces of one
+    character do not count it twice and skipped white space counts with the token after it.
+    """
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    if not ids:
+        return ids, np.empty(0, np.int64)
+    if offsets is None:  # a slow tokenizer has no offsets: spread the bytes evenly
+        ends = np.linspace(0, len(text.encode()), len(ids) + 1).astype(np.int64)[1:]
+    else:
+        byte_ends = _byte_positions(text)
+        ends = byte_ends[np.maximum.accumulate([end for _, end in offsets])]
+        ends[-1] = byte_ends[-1]
+    return ids, np.diff(ends, prepend=0)
+
+
+def _byte_positions(text: str) -> NDArray[np.int64]:
+    """UTF-8 byte offset of each character position, int64 [len(text) + 1]."""
+    if text.isascii():
+        return np.arange(len(text) + 1)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)])
