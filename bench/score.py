@@ -42,7 +42,7 @@ def scorers(device: str) -> Mapping[str, Sequence[str]]:
 
 
 def median(runs: Sequence[Mapping[str, Any]], figure: str) -> float:
-    return statistics.median(run_[figure] for run_ in runs)
+    return float(statistics.median(run_[figure] for run_ in runs))
 
 
 def markdown(cases: Mapping[str, Figures], about: Mapping[str, str]) -> str:
