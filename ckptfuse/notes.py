@@ -42,7 +42,7 @@ def _outcomes(plan: PlanRecord) -> list[str]:
     """Of each merge that the rule had predicted: how it turned out."""
     return [
         f"predicted {merge.predicted:.4f}, measured {merge.loss:.4f} on selection text"
-        + ("" if merge.standard_error is None else f" (within {merge.standard_error:.4f} expected)")
+        + ("" if merge.standard_error is None else f" (standard error {merge.standard_error:.4f})")
         for merge in plan.merges
         if merge.predicted is not None
     ]

@@ -144,11 +144,15 @@ def make_service(folder: Path, **sections: object) -> Service:
 
 
 def record_losses(
-    service: Service, model_id: str, nll: np.ndarray, splits: Sequence[Split] = SPLITS
+    service: Service,
+    model_id: str,
+    nll: np.ndarray,
+    splits: Sequence[Split] = SPLITS,
+    tokenizer: str = "tokenizer",
 ) -> None:
     """Leave the records of a scoring job that found these losses on every split."""
     for split in splits:
-        key = service.scorer.key(model_id, "tokenizer", split)
+        key = service.scorer.key(model_id, tokenizer, split)
         losses = losses_on(nll, blocks=f"blocks of {split}")
         record = ScoreRecord(
             model=model_id,
