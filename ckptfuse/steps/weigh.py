@@ -133,10 +133,11 @@ def review_weights(service: Service, item: Fuse, decided: PlanRecord) -> PlanRec
 
     Raises what the evaluation of a merge raises, if the rule asks for one.
     """
-    members = {member.fingerprint for member in item.window.members}
-    if decided.is_final or not all(m.fingerprint in members for m in decided.members):
+    wanted = {member.fingerprint for member in decided.members}
+    members = tuple(m for m in item.window.members if m.fingerprint in wanted)
+    if decided.is_final or len(members) < len(wanted):
         return decided  # nothing to learn, or a checkpoint that it was decided from is gone
-    return _plan(service, item, revision=decided.revision + 1)
+    return _plan(service, Fuse(item.key, Window(members)), revision=decided.revision + 1)
 
 
 def _plan(service: Service, item: Fuse, *, revision: int) -> PlanRecord:

@@ -11,6 +11,7 @@ import torch
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, RecordError
 from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.gate import best_member
 from ckptfuse.params import Params
 from ckptfuse.plan import Fuse, Quarantine, Skip
 from ckptfuse.reading import load
@@ -207,6 +208,30 @@ def test_a_plan_that_is_merged_needs_its_checkpoints_no_more(
     merged = FusionRecord(fusion=first.fusion, step=300, folder=str(tmp_path), size=0, files={})
     service.records.put(first.fusion, merged)
     assert decide_weights(service, Fuse(item.key, Window(item.window.members[1:]))) == first
+
+
+@pytest.mark.parametrize(("code", "prose", "step"), [(1.0, 0.1, 100), (0.1, 1.0, 300)])
+def test_weights_of_domains_decide_what_is_best_for_rule_and_gate_alike(
+    tmp_path: Path, code: float, prose: float, step: int
+) -> None:
+    """Step 100 is better at code, step 300 at prose."""
+    (tmp_path / "prose.jsonl").write_text('{"text": "of its own"}')
+    domains = {"code": {"path": str(tmp_path / "text.jsonl"), "weight": code},
+               "prose": {"path": str(tmp_path / "prose.jsonl"), "weight": prose}}  # fmt: skip
+    service = make_service(tmp_path, corpus={"domains": domains}, rule={"name": "best"})
+    write_checkpoint(tmp_path / "step300", {"w": torch.ones(4)})
+    (tmp_path / "step300" / "tokenizer.json").write_text("{}")
+    members = []
+    for number, losses in ((100, (2.0, 3.0)), (300, (2.2, 2.8))):
+        uri = str(tmp_path / "step300")
+        record = checkpoint_record(number, uri=uri, tokenizer="tokenizer")
+        record_losses(
+            service, record.fingerprint, np.repeat(losses, 10) * 10, domains=list(domains)
+        )
+        members.append(record)
+    plan = decide_weights(service, Fuse("window", Window(tuple(members))))
+    assert [m.step for m in plan.members if m.weight] == [step]
+    assert best_member(plan.members).step == step
 
 
 # -- review ------------------------------------------------------------------------------------
