@@ -13,6 +13,7 @@ Derivation and measurements: docs/method.md.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptfuse.rules.energy import (
     Energy,
@@ -82,6 +83,10 @@ class _Probe:
     weights: Vector
     length: int
 
+    @property
+    def members(self) -> NDArray[np.bool_]:
+        return self.weights > 0
+
 
 def _probes(losses: Vector) -> list[_Probe]:
     """Of the whole window, its newest half, the half of that ... down to two; no merge twice."""
@@ -105,15 +110,15 @@ class _Attempt:
     predicted: Prediction
 
 
-def _attempt(seen: Observation, energy: Energy, length: int) -> _Attempt:
-    weights = padded(minimiser(seen.losses[-length:], energy.value), len(seen))
-    return _Attempt(weights, energy, prediction(seen, weights, energy))
+def _attempt(seen: Observation, probe: _Probe, energy: Energy) -> _Attempt:
+    weights = padded(minimiser(seen.losses[-probe.length :], energy.value), len(seen))
+    return _Attempt(weights, energy, prediction(seen, weights, energy, among=probe.members))
 
 
 def _checked(seen: Observation, probe: _Probe, energy: Energy, tried: list[str]) -> Weights:
     """The weights, as far as they can be checked by what has been measured."""
     remarks = _remarks_on_window(seen, probe, tried)
-    attempts = [_attempt(seen, energy, probe.length)]
+    attempts = [_attempt(seen, probe, energy)]
     while True:
         last = attempts[-1]
         merge = seen.measured(last.weights)
@@ -122,7 +127,7 @@ def _checked(seen: Observation, probe: _Probe, energy: Energy, tried: list[str])
         if _agree(last.predicted, merge):
             return _answer(seen, probe, attempts, last.weights, remarks)
         check = energy_of(seen, last.weights, merge)
-        following = _attempt(seen, check, probe.length)
+        following = _attempt(seen, probe, check)
         won = predicted_loss(seen.losses, last.weights, check.value) - following.predicted.loss
         if len(attempts) == 2 or not check.is_shown or won < WORTHWHILE:
             break
@@ -161,7 +166,7 @@ def _answer(
 ) -> Weights:
     last = attempts[-1]
     advantage = _advantage_over_uniform(seen, last)
-    regret = _regret(seen, last.energy)
+    regret = _regret(seen.resampled[:, probe.members], last.energy)
     notes = _notes(seen, probe.weights) | {
         "predicted_loss": predicted_loss(seen.losses, weights, last.energy.value),
         "expected_advantage_over_uniform": advantage,
@@ -217,11 +222,11 @@ def _advantage_over_uniform(seen: Observation, attempt: _Attempt) -> float:
     return predicted_loss(seen.losses, equal, attempt.energy.value) - attempt.predicted.loss
 
 
-def _regret(seen: Observation, energy: Energy) -> float | None:
+def _regret(resampled: Vector, energy: Energy) -> float | None:
     """What errors of the losses cost: sum_i var(l_i - mean) / (4e), (K-1) s^2 / (4e) in short."""
-    if len(seen.resampled) < 2:
+    if len(resampled) < 2:
         return None
-    centred = seen.resampled - seen.resampled.mean(axis=1, keepdims=True)
+    centred = resampled - resampled.mean(axis=1, keepdims=True)
     return float(centred.var(axis=0, ddof=1).sum()) / (4 * energy.value)
 
 

@@ -13,6 +13,7 @@ a uniform merge finds is the mean of d_ij / 4 over its pairs, whatever they are.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptfuse.rules.observation import (
     Measurement,
@@ -63,14 +64,20 @@ def predicted_loss(losses: Vector, weights: Vector, energy: float) -> float:
     return float(weights @ losses) - energy * float(1 - weights @ weights)
 
 
-def prediction(seen: Observation, weights: Vector, energy: Energy) -> Prediction:
-    """The expected loss of a merge, with the model's standard error."""
+def prediction(
+    seen: Observation, weights: Vector, energy: Energy, *, among: NDArray[np.bool_]
+) -> Prediction:
+    """The expected loss of a merge, with the model's standard error.
+
+    ``among`` [K]: the checkpoints that the energy was measured on; others, damaged or too old, say
+    nothing of how different the noise of these is.
+    """
     cancelled = float(1 - weights @ weights)
     means, energies = seen.resampled @ weights, energy.resampled
     return Prediction(
         predicted_loss(seen.losses, weights, energy.value),
         means - energies * cancelled if len(means) == len(energies) else np.empty(0),
-        _model_error(seen.losses, weights),
+        _model_error(seen.losses[among], weights[among]),
     )
 
 

@@ -103,6 +103,7 @@ class Observation:
             tuple(
                 EvaluatedMerge(merge.weights, merge.measured.domains[domain])
                 for merge in self.merges
+                if domain in merge.measured.domains
             ),
         )
 

@@ -220,7 +220,8 @@ def test_merges_measure_within_two_standard_errors_of_their_prediction(drift: fl
         energy = energy_of(seen, equal, world.measured(equal))
         own = np.asarray(settled(seen, world.measured).answer.weights)
         for weights in (own, *world.draw.dirichlet(np.ones(8), 3)):
-            expected, found = prediction(seen, weights, energy), world.measured(weights)
+            expected = prediction(seen, weights, energy, among=np.full(8, True))
+            found = world.measured(weights)
             misses.append((found.loss - expected.loss) / (expected.error_beside(found) or 0))
     assert np.mean(np.abs(misses) <= 2) >= 0.93
     assert np.sqrt(np.mean(np.square(misses))) > 0.3, "errors so wide that they say nothing"
@@ -254,6 +255,15 @@ def test_checkpoints_of_equal_quality_are_indistinguishable_from_uniform() -> No
     drifting = World(3, drift=1.0, energy=0.02)
     remarks = settled(drifting.seen, drifting.measured).answer.remarks
     assert not any("indistinguishable" in remark for remark in remarks)
+
+
+def test_a_damaged_checkpoint_does_not_widen_what_counts_as_agreement() -> None:
+    damaged = window([2.00, 2.01, 9.00, 2.02])
+    energy = energy_of(damaged, np.array([1, 1, 0, 1]) / 3, noisy(1.9, 95))
+    weights = np.array([0.5, 0.3, 0.0, 0.2])
+    healthy = prediction(damaged, weights, energy, among=np.array([True, True, False, True]))
+    assert healthy.model_error < 0.002
+    assert prediction(damaged, weights, energy, among=np.full(4, True)).model_error > 0.1
 
 
 # -- where the model fails ---------------------------------------------------------------------
