@@ -128,7 +128,7 @@ class MergeLoss(BaseModel):
     weights: list[float]  # of the window's members
     predicted: float | None  # None where the rule had expected nothing
     loss: float
-    standard_error: float | None  # of loss - predicted, from documents
+    standard_error: float | None  # of loss - predicted: the text's and the rule's own
 
 
 class PlanRecord(Record):
