@@ -18,8 +18,8 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.service import Service, plans_of
-from ckptfuse.steps.survey import known_survey
 from ckptfuse.steps.marks import spikes_among
+from ckptfuse.steps.survey import known_survey
 from ckptfuse.window import in_order, window_key, windows
 
 
