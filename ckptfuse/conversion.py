@@ -11,36 +11,20 @@ of converted checkpoints: what is merged and resumed from stays in the trainer's
 ``examples/torchtitan_llama.py`` is one.
 """
 
-import importlib
 import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptfuse.checkpoints import CONFIG
 from ckptfuse.digests import content_digest
 from ckptfuse.errors import ConfigurationError, DamagedCheckpoint
+from ckptfuse.imports import load_function
 from ckptfuse.store import open_store
 
 if TYPE_CHECKING:
     import torch
 
 Converter = Callable[[dict[str, "torch.Tensor"], Mapping[str, object]], dict[str, "torch.Tensor"]]
-
-
-def load_converter(name: str) -> Converter:
-    """The function that ``package.module:function`` names, from what Python can import."""
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ConfigurationError(f"converter {name!r}: package.module:function is expected")
-    try:
-        found: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(
-            f"converter {name!r}: {error}; is its folder on PYTHONPATH?"
-        ) from error
-    if not callable(found):
-        raise ConfigurationError(f"converter {name!r} is no function")
-    return found  # type: ignore[no-any-return]
 
 
 def model_config(folder: str) -> Mapping[str, object]:
@@ -76,7 +60,7 @@ def convert(
     config = model_config(folder)
     if converter is None:
         return config, tensors
-    function = load_converter(converter)
+    function: Converter = load_function(converter, "converter")
     try:
         return config, function(dict(tensors), config)
     except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:

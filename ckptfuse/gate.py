@@ -103,17 +103,16 @@ def judge(
     )
 
 
-def decline_single(
-    *, window: str, fusion: str, step: int, test: int, params: GateParams, member: Member
+def decline_unmerged(
+    *, window: str, fusion: str, step: int, test: int, params: GateParams, reason: str
 ) -> GateRecord:
-    """The verdict on a rule that put all weight on one checkpoint."""
+    """The verdict where the rule finds nothing to merge."""
     return GateRecord(
         window=window,
         fusion=fusion,
         step=step,
         verdict="declined",
-        reason=f"the rule puts all weight on step {member.step} ({member.name}): averaging gains "
-        "nothing here, as at the end of a learning-rate decay",
+        reason=reason,
         test=test,
         alpha=spent_alpha(params.alpha, test),
         comparisons=[],

@@ -18,6 +18,7 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.service import Service, plans_of
+from ckptfuse.steps.marks import spikes_among
 from ckptfuse.steps.survey import known_survey
 from ckptfuse.window import in_order, window_key, windows
 
@@ -35,6 +36,7 @@ class Row:
     verdict: str = ""
     reason: str = ""
     plan: PlanRecord | None = None
+    spike: float | None = None  # nats above the trend on selection text, where it leaves it
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
     crowned = present.fusion if present else None
     rows: list[Row] = []
     ordered = in_order(records.all(CheckpointRecord).values())
+    marks = spikes_among(service, ordered)
     single = service.params.window.model_copy(update={"minimum": 1})  # best single: of any number
     for window in windows(ordered, single):
         checkpoint, key = window.newest, window_key(window.newest, science, corpus)
@@ -67,6 +70,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
             checkpoint.step,
             loss=_loss(service, checkpoint.fingerprint, checkpoint.tokenizer, split),
             best_single=_best_single(service, window.members, split),
+            spike=marks.get(checkpoint.fingerprint),
         )
         if plan is not None:
             row = _with_plan(

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ckptfuse.cut import Cut
@@ -133,8 +141,14 @@ class ScoringParams(Section):
 
 
 class WindowParams(Section):
+    """A checkpoint belongs to a window if every limit that is set lets it in."""
+
     size: int = Field(default=8, ge=2)
     minimum: int = Field(default=3, ge=2)
+    span_steps: int | None = Field(default=None, gt=0)
+    span_tokens: float | None = Field(default=None, gt=0)
+    tokens_per_step: float | None = Field(default=None, gt=0)
+    spacing: int = Field(default=0, ge=0)
     boundaries: tuple[int, ...] = ()
 
     @model_validator(mode="after")
@@ -146,7 +160,7 @@ class WindowParams(Section):
 
 class RuleParams(Section):
     name: str = "calibrated"
-    options: dict[str, float] = Field(default_factory=dict)
+    options: dict[str, JsonValue] = Field(default_factory=dict)  # checked by the rule's signature
 
 
 class FuseParams(Section):

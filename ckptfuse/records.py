@@ -117,10 +117,26 @@ class Member(BaseModel):
     fingerprint: str
     weight: float
     loss: float  # target loss on selection, nats
+    weight_error: float | None = None  # standard error, where the rule knows one
+    spike: float | None = None  # nats above the trajectory's trend, where it leaves it
+
+
+class MergeLoss(BaseModel):
+    """A merge of a window that was measured on selection: what was expected, what was found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    weights: list[float]  # of the window's members
+    predicted: float | None  # None where the rule had expected nothing
+    loss: float
+    standard_error: float | None  # of loss - predicted: the text's and the rule's own
 
 
 class PlanRecord(Record):
-    """What the rule made of a window; keyed by the window."""
+    """What the rule made of a window; keyed by window, fusion and revision.
+
+    Once the fusion itself is measured on selection the rule is asked again: the next revision says
+    how far its prediction held, and may have other weights.
+    """
 
     kind: ClassVar = "plan"
     window: str
@@ -133,6 +149,21 @@ class PlanRecord(Record):
     fusion: str
     notes: dict[str, float]
     params: str
+    revision: int = 0
+    merges: list[MergeLoss] = []
+    remarks: list[str] = []
+    no_gain: str | None = None  # why nothing is worth merging, where the rule says so
+
+    @property
+    def is_merge(self) -> bool:
+        """Whether there is something to merge."""
+        return self.no_gain is None and sum(1 for member in self.members if member.weight) > 1
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the rule has seen what its weights are worth."""
+        weights = [member.weight for member in self.members]
+        return not self.is_merge or any(merge.weights == weights for merge in self.merges)
 
 
 class FusionRecord(Record):

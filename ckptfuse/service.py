@@ -54,9 +54,10 @@ def losses_of(service: Service, model_id: str, tokenizer: str, split: Split) -> 
 def plans_of(service: Service) -> dict[str, PlanRecord]:
     """Window -> its plan.
 
-    A window has a second one when a checkpoint vanished before it could be merged; the plan that
-    the gate judged is the one that counts.
+    A window has more than one when its rule corrected itself, or a checkpoint vanished before it
+    could be merged: the last revision counts, once there is a verdict that of the fusion judged.
     """
     judged = {verdict.fusion for verdict in service.records.all(GateRecord).values()}
     plans = service.records.all(PlanRecord).values()
-    return {plan.window: plan for plan in sorted(plans, key=lambda plan: plan.fusion in judged)}
+    ordered = sorted(plans, key=lambda plan: (plan.fusion in judged, plan.revision))
+    return {plan.window: plan for plan in ordered}

@@ -7,7 +7,8 @@ A window ends at one checkpoint and reaches back over its ancestors in the same 
     window of s400':  s100  s200  s300' s400'
 
 A segment ends where the training setup changes (stage, configuration, tokenizer, architecture, or
-a boundary declared in params.yaml); a window never spans two.
+a boundary declared in params.yaml); a window never spans two. Within it, a window reaches back over
+so many checkpoints, steps or tokens, and may leave out those that lie closer than a spacing.
 """
 
 import bisect
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 
 from ckptfuse.checkpoints import Checkpoint
 from ckptfuse.digests import digest
+from ckptfuse.errors import ConfigurationError
 from ckptfuse.params import WindowParams
 from ckptfuse.records import CheckpointRecord
 
@@ -72,17 +74,62 @@ def generation_of(
 
 
 def windows(healthy: Sequence[CheckpointRecord], params: WindowParams) -> list[Window]:
-    """Every window of a trajectory, in the order of training."""
-    starts = _generation_starts(healthy)
-    ordered = in_order(healthy)
+    """Every window of a trajectory, in the order of training.
+
+    Raises ConfigurationError where ``window.span_tokens`` is set and tokens are not known.
+    """
     found = []
-    for newest in ordered:
-        members = tuple(
-            record for record in ordered if _is_ancestor(record, newest, starts, params.boundaries)
-        )[-params.size :]
+    for line in lineages(healthy, params.boundaries):
+        members = _members(line, params)
         if len(members) >= params.minimum:
             found.append(Window(members))
     return found
+
+
+def lineages(
+    records: Iterable[CheckpointRecord], boundaries: Sequence[int] = ()
+) -> list[tuple[CheckpointRecord, ...]]:
+    """For each checkpoint, in the order of training: it and its ancestors in its segment."""
+    ordered = in_order(records)
+    starts = _generation_starts(ordered)
+    return [
+        tuple(record for record in ordered if _is_ancestor(record, newest, starts, boundaries))
+        for newest in ordered
+    ]
+
+
+def _members(
+    line: Sequence[CheckpointRecord], params: WindowParams
+) -> tuple[CheckpointRecord, ...]:
+    """Of a lineage the newest that the parameters' limits let in, oldest first."""
+    newest = line[-1]
+    members = [newest]
+    for record in reversed(line[:-1]):
+        if len(members) == params.size or not _is_within(record, newest, params):
+            break
+        if members[-1].step - record.step >= params.spacing:
+            members.append(record)
+    return tuple(reversed(members))
+
+
+def _is_within(record: CheckpointRecord, newest: CheckpointRecord, params: WindowParams) -> bool:
+    if params.span_steps is not None and newest.step - record.step > params.span_steps:
+        return False
+    if params.span_tokens is None:
+        return True
+    return _tokens(newest, params) - _tokens(record, params) <= params.span_tokens
+
+
+def _tokens(record: CheckpointRecord, params: WindowParams) -> float:
+    """Tokens seen in training until this checkpoint."""
+    if record.tokens is not None:
+        return record.tokens
+    if params.tokens_per_step is None:
+        raise ConfigurationError(
+            f"window.span_tokens is set, but {record.name!r} does not say its tokens (as "
+            "step1000-tokens4B does); set window.tokens_per_step"
+        )
+    return record.step * params.tokens_per_step
 
 
 def in_order(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:

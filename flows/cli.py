@@ -187,12 +187,14 @@ def status(params: ParamsOption = None) -> None:
     from ckptfuse.corpus.survey import near_duplicates_of
     from ckptfuse.overview import overview
     from ckptfuse.service import open_service
-    from flows.show import table
+    from flows.show import notes, table
 
     seen = overview(open_service(loaded))
     stdout.print(table(seen))
     for sentence in near_duplicates_of(seen.corpus) if seen.corpus else ():
         stdout.print(f"corpus, {sentence} (more: ckptfuse corpus)", markup=False)
+    for line in notes(seen):
+        stdout.print(line, markup=False)
     for item in seen.quarantined:
         stdout.print(f"quarantined {item.name}: {item.reason}", markup=False)
 

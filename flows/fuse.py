@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow
 
 from ckptfuse.checkpoints import open_checkpoint
-from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues
+from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues, RuleError
 from ckptfuse.params import load_params
 from ckptfuse.plan import Fuse, Quarantine, Skip
 from ckptfuse.records import (
@@ -19,10 +19,13 @@ from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import discover, load_state
 from ckptfuse.window import Window, window_key, windows
 from tasks.discover import quarantine, skip
-from tasks.fuse import decide_weights, judge_fusion, merge_fusion
+from tasks.fuse import decide_weights, judge_fusion, merge_fusion, review_weights
 from tasks.publish import publish
 from tasks.score import score_fusion
 from tasks.version import commit_fusion
+
+#: Most fusions that a rule may have made of one window before it stands by its weights.
+MAX_REVIEWS = 8
 
 
 @flow(name="fuse", flow_run_name="fuse step {step}", persist_result=False)
@@ -36,8 +39,8 @@ def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRe
     known = service.records.all(CheckpointRecord)
     item = Fuse(window, Window(tuple(known[signature] for signature in members)))
     try:
-        decided = decide_weights(service, item)
-        verdict = _verdict(service, decided)
+        decided = _decided(service, item)
+        verdict = judge_fusion(service, decided)
     except NonFiniteValues as error:
         _set_aside(service, item, error)
         return None
@@ -46,11 +49,18 @@ def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRe
     return verdict
 
 
-def _verdict(service: Service, decided: PlanRecord) -> GateRecord:
-    if sum(1 for member in decided.members if member.weight) > 1:
-        fusion = merge_fusion(service, decided)
-        score_fusion(service, decided, fusion)
-    return judge_fusion(service, decided)
+def _decided(service: Service, item: Fuse) -> PlanRecord:
+    """The plan that its rule stands by once it knows the fusion's loss; merged and scored."""
+    decided = decide_weights(service, item)
+    for _ in range(MAX_REVIEWS):
+        if not decided.is_merge:
+            return decided
+        score_fusion(service, decided, merge_fusion(service, decided))
+        reviewed = review_weights(service, item, decided)
+        if reviewed.fusion == decided.fusion:
+            return reviewed
+        decided = reviewed
+    raise RuleError(f"rule {decided.rule!r} changed its weights {MAX_REVIEWS} times")
 
 
 def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ckptfuse.corpus.survey import EXAMPLES
 from ckptfuse.inspection import Inspection
+from ckptfuse.notes import explain
 from ckptfuse.once import HandScore
 from ckptfuse.overview import Overview
 from ckptfuse.protocol import Event, Progress
@@ -48,9 +49,23 @@ def table(seen: Overview, title: str = "Loss on report text, nats per token") ->
             _number(row.best_single),
             _number(row.fused),
             _number(row.gain, signed=True),
-            f"[{style}]{row.verdict}[/{style}]" if style else row.verdict,
+            (f"[{style}]{row.verdict}[/{style}]" if style else row.verdict)
+            + (" [red]spike[/red]" if row.spike is not None else ""),
         )
     return drawn
+
+
+def notes(seen: Overview) -> list[str]:
+    """What there is to say under the table: of the newest weights, and of spikes."""
+    said = [
+        f"step {row.step} is a spike: {row.spike:.4f} nats above the trend on selection text"
+        for row in seen.rows
+        if row.spike is not None
+    ]
+    plans = [row.plan for row in seen.rows if row.plan is not None]
+    if plans:
+        said += [f"weights at step {plans[-1].step}: {line}" for line in explain(plans[-1])]
+    return said
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ckptfuse.notes import explain
 from ckptfuse.plan import Fuse
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service
@@ -14,10 +15,24 @@ from tasks.log import log
 def decide_weights(service: Service, item: Fuse) -> PlanRecord:
     """Ask the rule for the window's weights."""
     decided = weigh.decide_weights(service, item)
-    shares = ", ".join(f"{m.step}: {m.weight:.3f}" for m in decided.members if m.weight)
-    notes = ", ".join(f"{name} {value:.4f}" for name, value in decided.notes.items())
-    log.info("weights at step %d by %s: %s (%s)", decided.step, decided.rule, shares, notes)
+    _tell(decided)
     return decided
+
+
+@task(cache_policy=NO_CACHE, task_run_name="review step {item.window.step}")
+def review_weights(service: Service, item: Fuse, decided: PlanRecord) -> PlanRecord:
+    """Ask the rule again, now that its fusion is scored."""
+    reviewed = weigh.review_weights(service, item, decided)
+    if reviewed.revision != decided.revision:
+        _tell(reviewed)
+    return reviewed
+
+
+def _tell(decided: PlanRecord) -> None:
+    shares = ", ".join(f"{m.step}: {m.weight:.3f}" for m in decided.members if m.weight)
+    log.info("weights at step %d by %s: %s", decided.step, decided.rule, shares)
+    for sentence in explain(decided):
+        log.info("step %d: %s", decided.step, sentence)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="merge step {decided.step}")

@@ -16,6 +16,7 @@ from typing import Any
 from ckptfuse.errors import PublicationError
 from ckptfuse.evaluation import evaluate
 from ckptfuse.gate import best_member
+from ckptfuse.notes import ENERGY, domain_energies
 from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, PlanRecord, ScoreRecord
 from ckptfuse.service import Service, losses_of, plans_of, target_loss
 from tasks.ledger import LedgerEntry, link_tree
@@ -128,8 +129,10 @@ class Registry:
             if fusion is not None:
                 yield ("loss.fusion", fusion, *point)
                 yield ("perplexity.fusion", math.exp(fusion), *point)
-            if "noise_energy" in plan.notes:
-                yield ("noise_energy", plan.notes["noise_energy"], *point)
+            if ENERGY in plan.notes:
+                yield (ENERGY, plan.notes[ENERGY], *point)
+            for domain, energy in domain_energies(plan.notes).items():
+                yield (f"{ENERGY}.{domain}", energy, *point)
 
     def _report_loss(self, model_id: str, tokenizer: str) -> float | None:
         if not self.service.records.has(

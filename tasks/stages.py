@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,19 +74,26 @@ def decide() -> None:
         _import_all(service, window)
         members = tuple(_checkpoint_record(member, window) for member in pinned.members)
         source = service.scorer.tokenizer(members[-1].uri)
-        losses = [
-            target_loss(service, losses_of(service, m.fingerprint, source.digest, "selection"))
-            for m in members
-        ]
-        answer = weigh(service, Window(members), losses, source)
-    for member, weight in zip(pinned.members, answer.weights, strict=True):
-        if abs(member.weight - weight) > WEIGHT_TOLERANCE:
-            raise CkptfuseError(
-                f"step {member.step}: the weight derived again is {weight:.4f}, pinned is "
-                f"{member.weight:.4f}; more than {WEIGHT_TOLERANCE} apart. Another corpus, another "
-                "rule, or numerics that differ from those of the service?"
-            )
+        weights = weigh(service, Window(members), source).answer.weights
+        if _first_that_differs(pinned, weights) is not None:  # the rule may have corrected itself
+            settled = weigh(service, Window(members), source, to_the_end=True)
+            weights = settled.answer.weights
+    strays = _first_that_differs(pinned, weights)
+    if strays is not None:
+        member, weight = strays
+        raise CkptfuseError(
+            f"step {member.step}: the weight derived again is {weight:.4f}, pinned is "
+            f"{member.weight:.4f}; more than {WEIGHT_TOLERANCE} apart. Another corpus, another "
+            "rule, or numerics that differ from those of the service?"
+        )
     write_decision(pinned, Path())
+
+
+def _first_that_differs(
+    pinned: PlanRecord, weights: Sequence[float]
+) -> tuple[Member, float] | None:
+    pairs = zip(pinned.members, weights, strict=True)
+    return next((pair for pair in pairs if abs(pair[0].weight - pair[1]) > WEIGHT_TOLERANCE), None)
 
 
 def fuse() -> None:

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -209,6 +210,11 @@ class Project:
     def records(self, kind: str) -> dict[str, dict[str, object]]:
         folder = self.workspace / "records" / kind
         return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+    def plans(self) -> list[dict[str, Any]]:
+        """The last revision of each window's plan."""
+        found = sorted(self.records("plan").values(), key=lambda plan: int(str(plan["revision"])))
+        return list({plan["window"]: plan for plan in found}.values())
 
     def git(self, *arguments: str) -> str:
         command = ["git", "-C", str(self.workspace / "ledger"), *arguments]

@@ -144,12 +144,18 @@ def make_service(folder: Path, **sections: object) -> Service:
 
 
 def record_losses(
-    service: Service, model_id: str, nll: np.ndarray, splits: Sequence[Split] = SPLITS
+    service: Service,
+    model_id: str,
+    nll: np.ndarray,
+    splits: Sequence[Split] = SPLITS,
+    tokenizer: str = "tokenizer",
+    domains: Sequence[str] = ("text",),
 ) -> None:
-    """Leave the records of a scoring job that found these losses on every split."""
+    """Leave the records of a scoring job that found these losses; equal parts of each domain."""
+    domain = np.repeat(np.arange(len(domains)), len(nll) // len(domains))
     for split in splits:
-        key = service.scorer.key(model_id, "tokenizer", split)
-        losses = losses_on(nll, blocks=f"blocks of {split}")
+        key = service.scorer.key(model_id, tokenizer, split)
+        losses = losses_on(nll, blocks=f"blocks of {split}", domains=tuple(domains), domain=domain)
         record = ScoreRecord(
             model=model_id,
             blocks=losses.blocks,

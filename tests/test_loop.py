@@ -10,7 +10,7 @@ import yaml
 
 from ckptfuse.corpus import read_corpus
 from ckptfuse.params import load_params
-from tests.conftest import Project, Trajectory
+from tests.conftest import DOMAINS, Project, Trajectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -38,6 +38,18 @@ def test_the_fusion_beats_every_single_checkpoint_on_text_that_chose_nothing(
     fused = {row.step: row.fused for row in seen.rows}[720]
     assert fused is not None
     assert fused < min(row.loss for row in seen.rows if row.loss is not None)
+
+
+def test_each_merge_was_measured_against_what_its_rule_had_predicted(finished: Project) -> None:
+    judged = {record["fusion"] for record in finished.records("gate").values()}
+    assert {plan["fusion"] for plan in finished.plans()} == judged
+    for plan in finished.plans():
+        assert plan["revision"] == 1, "as decided, and once more with the fusion's loss known"
+        own = [merge for merge in plan["merges"] if merge["predicted"] is not None][-1]
+        assert own["loss"] == pytest.approx(own["predicted"], abs=0.05)
+        assert plan["notes"]["noise_energy"] > 2 * plan["notes"]["noise_energy_error"]
+        assert {f"noise_energy.{name}" for name in DOMAINS} <= plan["notes"].keys()
+        assert all(member["weight_error"] is not None for member in plan["members"])
 
 
 def test_watching_again_does_nothing_and_says_so(finished: Project) -> None:
@@ -129,7 +141,8 @@ def test_status_and_report_show_what_the_records_say(finished: Project) -> None:
     assert "skipped" in shown
     page = Path(finished.cli("report").stdout.strip()).read_text()
     assert "superseded by step 720" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
+    assert "noise energy" in shown
     (corpus,) = finished.records("corpus").values()
     assert page.count('<td class="word">audit</td>') == len(corpus["domains"])  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
 """The report's figures, as SVG text: losses over training, weights, gains by domain."""
 
 import io
+import math
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -8,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ckptfuse.losses import Estimate
+from ckptfuse.notes import ENERGY, ENERGY_ERROR, domain_energies
 from ckptfuse.overview import Overview, Row
 
 RAW, BEST, FUSED = "#8a8f98", "#3b6ea8", "#c2452d"
@@ -19,6 +21,9 @@ def losses(seen: Overview) -> str:
     axes.plot(*_points(seen.rows, "loss"), color=RAW, marker="o", ms=3, label="raw checkpoint")
     axes.plot(*_points(seen.rows, "best_single"), color=BEST, lw=1, ls="--", label="best single")
     axes.plot(*_points(seen.rows, "fused"), color=FUSED, lw=1.6, label="merged")
+    spikes = [row for row in seen.rows if row.spike is not None]
+    if spikes:
+        axes.plot(*_points(spikes, "loss"), "x", color="#222", ms=7, label="spike")
     for row in seen.rows:
         if row.fused is not None:
             published = row.verdict in ("published", "champion")
@@ -62,14 +67,38 @@ def domain_gains(gains: dict[str, Estimate]) -> str:
 
 
 def noise_energy(seen: Overview) -> str:
-    """The loss that one checkpoint's noise costs, by training step."""
-    rows = [row for row in seen.rows if row.plan and "noise_energy" in row.plan.notes]
-    figure, axes = _axes(height=2.2)
-    energies = [row.plan.notes["noise_energy"] for row in rows if row.plan]
-    axes.plot([row.step for row in rows], energies, color=BEST, marker="o", ms=3)
+    """The loss that one checkpoint's noise costs, by training step; thin: of each domain alone."""
+    plans = [row.plan for row in seen.rows if row.plan and ENERGY in row.plan.notes]
+    figure, axes = _axes(height=2.6)
+    steps = [plan.step for plan in plans]
+    energies = [plan.notes[ENERGY] for plan in plans]
+    errors = [2 * plan.notes.get(ENERGY_ERROR, 0.0) for plan in plans]
+    axes.errorbar(steps, energies, errors, color=BEST, marker="o", ms=3, label="target, ± 2 s.e.")
+    domains = sorted({name for plan in plans for name in domain_energies(plan.notes)})
+    for name in domains if len(domains) > 1 else []:
+        values = [domain_energies(plan.notes).get(name, math.nan) for plan in plans]
+        axes.plot(steps, values, lw=0.8, label=name)
     axes.axhline(0, color="#444", lw=0.8)
     axes.set_xlabel("training step")
     axes.set_ylabel("noise energy (nats)")
+    axes.legend(frameon=False, ncols=4)
+    return _svg(figure)
+
+
+def predictions(seen: Overview) -> str:
+    """Measured less predicted loss of every merge that a rule predicted, with 2 standard errors."""
+    found = [
+        (row.step, merge.loss - merge.predicted, 2 * (merge.standard_error or 0.0))
+        for row in seen.rows
+        for merge in (row.plan.merges if row.plan else [])
+        if merge.predicted is not None
+    ]
+    figure, axes = _axes(height=2.2)
+    steps, misses, errors = zip(*found, strict=True)
+    axes.errorbar(steps, misses, errors, color=FUSED, fmt="o", ms=3, lw=0.8)
+    axes.axhline(0, color="#444", lw=0.8)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("measured - predicted (nats)")
     return _svg(figure)
 
 

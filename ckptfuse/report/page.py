@@ -6,6 +6,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from ckptfuse.evaluation import evaluate
+from ckptfuse.notes import ENERGY, explain
 from ckptfuse.overview import Overview, overview, steps_saved
 from ckptfuse.report import figures
 from ckptfuse.service import Service
@@ -29,6 +30,7 @@ def render(service: Service) -> str:
         trajectory=service.params.trajectory,
         rule=service.params.rule.name,
         seen=seen,
+        explained={row.step: explain(row.plan) for row in seen.rows if row.plan is not None},
         saved={row.step: steps_saved(seen.rows, row) for row in seen.rows},
         drawings=_drawings(service, seen),
     )
@@ -40,8 +42,10 @@ def _drawings(service: Service, seen: Overview) -> list[tuple[str, Markup]]:
     plans = [row.plan for row in seen.rows if row.plan is not None]
     if plans:
         drawn.append(("Weights", figures.weights(seen)))
-    if any("noise_energy" in plan.notes for plan in plans):
+    if any(ENERGY in plan.notes for plan in plans):
         drawn.append(("Noise energy: what averaging can win", figures.noise_energy(seen)))
+    if any(merge.predicted is not None for plan in plans for merge in plan.merges):
+        drawn.append(("Predicted and measured loss of merges", figures.predictions(seen)))
     champion = next((plan for plan in plans if _is_champion(plan.fusion, seen)), None)
     if champion is not None:
         gains = evaluate(service, champion).domain_gains("newest")

@@ -31,9 +31,9 @@ def verdict_on(service: Service, decided: PlanRecord, *, test: int) -> GateRecor
     """Judge from recorded audit scores; ``test`` is the ordinal that sets the share of alpha."""
     params = service.params.gate
     about = {"window": decided.window, "fusion": decided.fusion, "step": decided.step}
-    weighted = [member for member in decided.members if member.weight]
-    if len(weighted) == 1:
-        return gate.decline_single(**about, test=test, params=params, member=weighted[0])  # type: ignore[arg-type]
+    if not decided.is_merge:
+        reason = decided.no_gain or _all_on_one(decided)
+        return gate.decline_unmerged(**about, test=test, params=params, reason=reason)  # type: ignore[arg-type]
     fusion = losses_of(service, decided.fusion, decided.tokenizer, "audit")
     comparisons = []
     opponents: dict[Literal["best", "newest"], Member] = {
@@ -51,3 +51,11 @@ def verdict_on(service: Service, decided: PlanRecord, *, test: int) -> GateRecor
             )
         )
     return gate.judge(**about, test=test, params=params, comparisons=comparisons)  # type: ignore[arg-type]
+
+
+def _all_on_one(decided: PlanRecord) -> str:
+    (single,) = (member for member in decided.members if member.weight)
+    return (
+        f"the rule puts all weight on step {single.step} ({single.name}): averaging gains nothing "
+        "here, as at the end of a learning-rate decay"
+    )

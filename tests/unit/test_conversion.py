@@ -9,9 +9,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ckptfuse.conversion import convert, identity, load_converter
+from ckptfuse.conversion import convert, identity
 from ckptfuse.errors import CkptfuseError, ConfigurationError, DamagedCheckpoint
 from ckptfuse.fusion import Recipe
+from ckptfuse.imports import load_function
 from ckptfuse.merge.once import merge_once
 from ckptfuse.once import HandScore, score_once
 from examples.torchtitan_llama import _LAYER, _TOP
@@ -106,7 +107,7 @@ def test_without_a_converter_a_native_layout_is_refused(
 def test_a_converter_must_be_there_and_know_the_tensors(models: list[Path]) -> None:
     for name in ("nothing", "no.such.module:f", "json:no_such_function", "json:__name__"):
         with pytest.raises(ConfigurationError, match="converter"):
-            load_converter(name)
+            load_function(name, "converter")
     with pytest.raises(ConfigurationError, match=r"scoring\.model"):
         identity(EXAMPLE, None)
     strange = {"layers.0.attention.wz.weight": torch.ones(2, 2)}

@@ -11,7 +11,7 @@ from ckptfuse.gate import (
     Opponent,
     best_member,
     compare,
-    decline_single,
+    decline_unmerged,
     gate_key,
     judge,
     spent_alpha,
@@ -169,12 +169,12 @@ def test_the_best_member_is_the_newest_of_equals() -> None:
     assert best_member([member(100, 2.0), member(200, 2.0), member(300, 2.5)]).step == 200
 
 
-def test_a_rule_that_chose_one_checkpoint_is_declined_without_a_comparison() -> None:
-    found = decline_single(
-        window="w", fusion="f", step=300, test=3, params=GATE, member=member(200, 2.0, 1.0)
+def test_a_window_with_nothing_to_merge_is_declined_without_a_comparison() -> None:
+    found = decline_unmerged(
+        window="w", fusion="f", step=300, test=3, params=GATE, reason="no gain expected"
     )
     assert found.verdict == "declined"
-    assert "all weight on step 200 (step200)" in found.reason
+    assert found.reason == "no gain expected"
     assert (found.test, found.alpha) == (3, pytest.approx(0.05 / 12))
 
 

@@ -11,13 +11,16 @@ from ckptfuse.overview import Row, overview, steps_saved
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
+    MergeLoss,
     PromotionRecord,
     PublicationRecord,
     QuarantineRecord,
     SkipRecord,
 )
+from ckptfuse.report.page import render
 from ckptfuse.service import Service
 from ckptfuse.window import window_key
+from flows.show import notes
 from tests.helpers import checkpoint_record, make_service, member, plan_record, record_losses
 
 
@@ -164,6 +167,37 @@ def test_a_published_fusion_that_was_not_promoted_is_no_champion(service: Servic
     published(service, promoted=False)
     assert words(service)[-1] == "published"
     assert overview(service).champion is None
+
+
+def test_a_checkpoint_above_the_trend_is_marked_as_a_spike(service: Service) -> None:
+    for step, loss in ((400, 2.8), (500, 2.8), (600, 3.4), (700, 2.8)):
+        record = checkpoint_record(step, tokenizer="tokenizer", fingerprint=f"fingerprint-{step}")
+        service.records.put(f"s{step}", record)
+        record_losses(service, record.fingerprint, np.full(6, 10 * loss))
+    marked = {row.step: row.spike for row in overview(service).rows if row.spike is not None}
+    assert marked == {600: pytest.approx(0.6, abs=0.1)}
+    assert "step 600 is a spike" in "\n".join(notes(overview(service)))
+    assert "above the trend" in render(service)
+
+
+def test_what_a_rule_found_is_told_by_status_and_report(service: Service) -> None:
+    merge = MergeLoss(weights=[0.0, 0.5, 0.5], predicted=2.71, loss=2.7, standard_error=0.004)
+    reviewed = plan_record(
+        300, [member(s, x) for s, x in ((100, 3.0), (200, 2.8), (300, 2.9))], revision=1,
+        notes={"noise_energy": 0.12, "noise_energy_error": 0.003, "noise_energy.c": 0.1,
+               "noise_energy.prose": 0.14},
+        merges=[merge], remarks=["only the newest 2 checkpoints count"],
+    )  # fmt: skip
+    service.records.put("window-300-1", reviewed)
+    expected = [
+        "noise energy 0.1200 +- 0.0030 nats (c 0.1000, prose 0.1400)",
+        "predicted 2.7100, measured 2.7000 on selection text (standard error 0.0040)",
+        "only the newest 2 checkpoints count",
+    ]
+    assert notes(overview(service)) == [f"weights at step 300: {line}" for line in expected]
+    page = render(service)
+    assert all(line in page for line in expected)
+    assert "Predicted and measured loss of merges" in page
 
 
 def test_the_same_bytes_under_two_signatures_are_one_row(service: Service) -> None:

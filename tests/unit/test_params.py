@@ -113,7 +113,6 @@ def test_an_unknown_key_is_named_with_what_was_probably_meant(
         ("window: [3]", ["window", "found [3]"]),
         ("scoring: {device: tpu}", ["scoring.device", "'cuda'", "found 'tpu'"]),
         ("fuse: {dtype: int8}", ["fuse.dtype", "bfloat16"]),
-        ("rule: {options: {tau: hot}}", ["rule.options.tau", "found 'hot'"]),
         ("corpus: {domains: {a/b: {path: x}}}", ["corpus.domains", "'a/b'"]),
         ("corpus: {domains: {a: {path: x, weight: 0}}}", ["weight 0"]),
         ("corpus: {domains: {a: {weight: 1}}}", ["corpus.domains.a.path"]),

@@ -13,6 +13,7 @@ from ckptfuse.errors import MissingFile, RecordError
 from ckptfuse.records import (
     CheckpointRecord,
     DomainScore,
+    PlanRecord,
     Record,
     Records,
     ScoreRecord,
@@ -51,6 +52,24 @@ def records(tmp_path: Path) -> Records:
 
 def kinds() -> list[type[Record]]:
     return sorted(Record.__subclasses__(), key=lambda kind: kind.kind)
+
+
+def test_a_plan_of_an_earlier_version_is_read_as_it_was(records: Records) -> None:
+    """Without revision, measured merges, remarks and errors, which came later."""
+    member = {
+        "name": "step100", "uri": "/b/step100", "step": 100, "signature": "s",
+        "fingerprint": "f", "weight": 1.0, "loss": 2.0,
+    }  # fmt: skip
+    old = {
+        "schema_version": 1, "code": "0.1.0", "window": "w", "step": 100, "rule": "calibrated",
+        "tokenizer": "t", "members": [member], "ancillary": "f", "dtype": None, "fusion": "id",
+        "notes": {"noise_energy": 0.1}, "params": "p",
+    }  # fmt: skip
+    records.store.write("plan/key.json", json.dumps(old).encode())
+    plan = records.get(PlanRecord, "key")
+    assert plan is not None
+    assert (plan.revision, plan.merges, plan.remarks, plan.no_gain) == (0, [], [], None)
+    assert plan.members[0].weight_error is None
 
 
 def test_every_kind_has_a_name_of_its_own() -> None:

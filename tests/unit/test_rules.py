@@ -1,4 +1,7 @@
-"""Weight rules: formulas, the simplex, and the closed form of `calibrated` against a search."""
+"""Weight rules that need no measured merge, and how rules are found, configured and held to."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,42 +9,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from ckptfuse.deciding import decide
-from ckptfuse.errors import RuleError
-from ckptfuse.rules import (
-    Evaluate,
-    EvaluatedMerge,
-    Observation,
-    Weights,
-    get_rule,
-    project_to_simplex,
-)
+from ckptfuse.errors import ConfigurationError, RuleError
+from ckptfuse.rules import Observation, Weights, get_rule
+from ckptfuse.rules.simplex import project_to_simplex
 
 LOSSES = st.lists(st.floats(0.5, 12), min_size=1, max_size=12)
+#: Losses that overflow or vanish where arithmetic is careless.
+EXTREME = st.one_of(
+    st.lists(st.floats(0, 1e3), min_size=1, max_size=9),
+    st.lists(st.integers(0, 9), min_size=1, max_size=9).map(lambda n: [3 + 1e-12 * i for i in n]),
+    st.integers(1, 9).map(lambda count: [2.5] * count),
+)
+FREE = ["latest", "best", "uniform", "linear", "ema", "minus-sqrt", "inverse-perplexity", "softmax"]
 
 
-def observed(losses: list[float], *merges: EvaluatedMerge) -> Observation:
-    steps = tuple(range(100, 100 * len(losses) + 1, 100))
-    return Observation(steps, np.asarray(losses), merges)
-
-
-def weights_of(name: str, losses: list[float], **options: float) -> np.ndarray:
-    answer = get_rule(name, options)(observed(losses))
+def weights_of(name: str, losses: Sequence[float], **options: Any) -> np.ndarray:
+    answer = get_rule(name, options)(Observation.of(losses))
     assert isinstance(answer, Weights)
     return np.asarray(answer.weights)
 
 
-def calibrated(losses: list[float], *, energy: float) -> Weights:
-    """The rule's answer where merges behave as its model says, with this noise energy."""
-
-    def measure(vectors: tuple[tuple[float, ...], ...]) -> list[float]:
-        return [
-            float(np.dot(v, losses) - energy * (1 - np.dot(v, v))) for v in map(np.asarray, vectors)
-        ]
-
-    return decide(
-        get_rule("calibrated"), steps=list(range(len(losses))), losses=losses, evaluate=measure
-    )
+# -- formulas ----------------------------------------------------------------------------------
 
 
 def test_latest_takes_the_newest_and_best_the_lowest_loss() -> None:
@@ -49,8 +37,35 @@ def test_latest_takes_the_newest_and_best_the_lowest_loss() -> None:
     assert weights_of("best", [2.0, 1.0, 3.0]).tolist() == [0, 1, 0]
 
 
+def test_best_takes_the_newest_of_equals() -> None:
+    assert weights_of("best", [1.0, 1.0, 3.0]).tolist() == [0, 1, 0]
+
+
 def test_uniform_is_uniform() -> None:
     assert weights_of("uniform", [2.0, 1.0, 3.0, 9.0]).tolist() == [0.25] * 4
+
+
+def test_linear_grows_with_the_position() -> None:
+    assert weights_of("linear", [1.0] * 4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_ema_falls_by_the_same_factor_with_every_checkpoint_of_age() -> None:
+    weights = weights_of("ema", [1.0] * 5, alpha=0.3)
+    assert weights[:-1] / weights[1:] == pytest.approx([0.7] * 4)
+    assert weights_of("ema", [1.0] * 5, alpha=1.0).tolist() == [0, 0, 0, 0, 1]
+
+
+def test_minus_sqrt_has_the_published_weights_of_ten() -> None:
+    weights = weights_of("minus-sqrt", [1.0] * 10)
+    assert weights[[0, 1, 2, 9]] == pytest.approx([0.316, 0.131, 0.101, 0.051], abs=5e-4)
+
+
+@given(count=st.integers(2, 30))
+def test_minus_sqrt_is_what_its_learning_rates_say(count: int) -> None:
+    """c_0 = 1 - v_1, c_j = v_j - v_(j+1), c_(K-1) = v_(K-1), with v_j = 1 - sqrt(j / K)."""
+    v = 1 - np.sqrt(np.arange(1, count) / count)
+    expected = [1 - v[0], *(v[:-1] - v[1:]), v[-1]]
+    assert weights_of("minus-sqrt", [1.0] * count) == pytest.approx(expected)
 
 
 def test_inverse_perplexity_is_proportional_to_a_power_of_perplexity() -> None:
@@ -66,123 +81,85 @@ def test_softmax_with_tau_is_inverse_perplexity_with_one_over_tau() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["latest", "best", "uniform", "inverse-perplexity", "softmax"])
-@given(losses=LOSSES)
-@settings(max_examples=30, deadline=None)
-def test_weights_lie_on_the_simplex(name: str, losses: list[float]) -> None:
-    weights = weights_of(name, losses)
-    assert weights.sum() == pytest.approx(1, abs=1e-12)
-    assert (weights >= 0).all()
+# -- properties --------------------------------------------------------------------------------
 
 
-def test_calibrated_on_two_checkpoints_is_what_one_works_out_by_hand() -> None:
-    """w = 1/2 + (l_2 - l_1) / 4e on the first: 1/2 + 0.1 / 0.4."""
-    assert calibrated([2.0, 2.1], energy=0.1).weights == pytest.approx([0.75, 0.25])
-
-
-@given(losses=st.lists(st.floats(2, 3), min_size=3, max_size=3), energy=st.floats(0.01, 1))
-@settings(max_examples=30, deadline=None)
-def test_no_point_of_a_grid_over_the_simplex_is_better(losses: list[float], energy: float) -> None:
-    steps = np.linspace(0, 1, 21)
-    grid = [np.array([a, b, 1 - a - b]) for a in steps for b in steps if a + b <= 1]
-    ours = np.asarray(calibrated(losses, energy=energy).weights)
-    least = min(float(w @ losses + energy * w @ w) for w in grid)
-    assert ours @ losses + energy * ours @ ours <= least + 1e-9
-
-
-@given(losses=LOSSES, energy=st.floats(0, 2))
-@settings(max_examples=60, deadline=None)
-def test_calibrated_weights_lie_on_the_simplex(losses: list[float], energy: float) -> None:
-    weights = np.asarray(calibrated(losses, energy=energy).weights)
-    assert weights.sum() == pytest.approx(1, abs=1e-12)
-    assert (weights >= 0).all()
-
-
-@given(losses=st.lists(st.floats(2, 3), min_size=2, max_size=6), energy=st.floats(0.01, 1))
+@pytest.mark.parametrize("name", FREE)
+@given(losses=EXTREME)
 @settings(max_examples=40, deadline=None)
-def test_calibrated_finds_the_minimum_that_a_numerical_search_finds(
-    losses: list[float], energy: float
+def test_weights_lie_on_the_simplex_whatever_the_losses(name: str, losses: list[float]) -> None:
+    weights = weights_of(name, losses)
+    assert weights.shape == (len(losses),)
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert (weights >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["inverse-perplexity", "softmax"])
+@given(losses=LOSSES, random=st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_rules_of_losses_alone_follow_a_permutation_of_the_checkpoints(
+    name: str, losses: list[float], random: Any
 ) -> None:
-    count = len(losses)
-
-    def objective(w: np.ndarray) -> float:
-        return float(w @ losses + energy * w @ w)
-
-    found = minimize(
-        objective,
-        np.full(count, 1 / count),
-        jac=lambda w: np.asarray(losses) + 2 * energy * w,
-        bounds=[(0, 1)] * count,
-        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
-        options={"ftol": 1e-12},
-        method="SLSQP",
-    )
-    ours = np.asarray(calibrated(losses, energy=energy).weights)
-    assert objective(ours) <= found.fun + 1e-7
+    order = list(range(len(losses)))
+    random.shuffle(order)
+    shuffled = weights_of(name, [losses[i] for i in order])
+    assert shuffled == pytest.approx(weights_of(name, losses)[order], abs=1e-12)
 
 
-def test_calibrated_asks_for_one_merge_before_it_answers() -> None:
-    question = get_rule("calibrated")(observed([2.0, 2.1, 2.05]))
-    assert question == Evaluate(((1 / 3, 1 / 3, 1 / 3),))
+@pytest.mark.parametrize("name", ["latest", "uniform", "linear", "ema", "minus-sqrt"])
+@given(losses=LOSSES)
+@settings(max_examples=20, deadline=None)
+def test_schedules_do_not_look_at_losses(name: str, losses: list[float]) -> None:
+    assert (weights_of(name, losses) == weights_of(name, [1.0] * len(losses))).all()
 
 
-def test_calibrated_measures_the_noise_energy_and_predicts_the_loss_of_its_merge() -> None:
-    answer = calibrated([2.0, 2.1, 2.05], energy=0.3)
-    weights = np.asarray(answer.weights)
-    assert answer.notes["noise_energy"] == pytest.approx(0.3)
-    assert answer.notes["predicted_loss"] == pytest.approx(
-        weights @ [2.0, 2.1, 2.05] - 0.3 * (1 - weights @ weights)
-    )
+@pytest.mark.parametrize("name", ["inverse-perplexity", "softmax"])
+@given(losses=LOSSES)
+@settings(max_examples=40, deadline=None)
+def test_a_lower_loss_never_has_less_weight(name: str, losses: list[float]) -> None:
+    by_loss = weights_of(name, losses)[np.argsort(losses)]
+    assert (np.diff(by_loss) <= 1e-15).all()
 
 
-def test_calibrated_is_nearly_uniform_when_noise_exceeds_the_spread() -> None:
-    assert calibrated([2.0, 2.001, 2.002], energy=5.0).weights == pytest.approx(
-        [1 / 3] * 3, abs=1e-3
-    )
+def test_softmax_goes_from_best_to_uniform_as_its_temperature_rises() -> None:
+    losses = [2.0, 2.3, 2.1]
+    assert weights_of("softmax", losses, tau=1e-300) == pytest.approx([1, 0, 0])
+    assert weights_of("softmax", losses, tau=1e9) == pytest.approx([1 / 3] * 3)
 
 
-@pytest.mark.parametrize("energy", [0.0, -0.5])
-def test_calibrated_takes_the_best_when_averaging_gains_nothing(energy: float) -> None:
-    assert calibrated([2.2, 2.1, 2.0], energy=energy).weights == (0, 0, 1)
-
-
-def test_calibrated_leaves_a_damaged_checkpoint_out_and_does_not_let_it_inflate_the_noise() -> None:
-    answer = calibrated([2.0, 2.02, 9.0, 2.01], energy=0.2)
-    assert answer.weights[2] == 0
-    assert answer.notes["noise_energy"] == pytest.approx(0.2)
-
-
-def test_calibrated_measures_the_noise_on_healthy_checkpoints_alone() -> None:
-    question = get_rule("calibrated")(observed([2.0, 2.02, 9.0, 2.01]))
-    assert question == Evaluate(((1 / 3, 1 / 3, 0.0, 1 / 3),))
-
-
-@given(losses=st.lists(st.floats(0.5, 12), min_size=2, max_size=12))
+@given(st.lists(st.floats(-50, 50), min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
-def test_calibrated_never_asks_for_a_single_checkpoint(losses: list[float]) -> None:
-    question = get_rule("calibrated")(observed(losses))
-    assert isinstance(question, Evaluate)
-    assert sum(weight > 0 for weight in question.vectors[0]) >= 2
-
-
-def test_a_window_of_one_needs_no_merge() -> None:
-    assert get_rule("calibrated")(observed([2.0])) == Weights((1.0,))
-
-
-@given(st.lists(st.floats(-50, 50), min_size=1, max_size=10))
-@settings(max_examples=60, deadline=None)
-def test_projection_to_the_simplex_is_no_farther_than_any_corner_or_the_centre(
+def test_projection_to_the_simplex_is_the_nearest_point_that_a_solver_finds(
     point: list[float],
 ) -> None:
     target = np.asarray(point)
-    projected = project_to_simplex(target)
-    others = [*np.eye(len(point)), np.full(len(point), 1 / len(point))]
-    distance = np.linalg.norm(projected - target)
-    assert all(distance <= np.linalg.norm(other - target) + 1e-9 for other in others)
+    count = len(point)
+    found = minimize(
+        lambda w: 0.5 * float((w - target) @ (w - target)),
+        np.full(count, 1 / count),
+        jac=lambda w: w - target,
+        bounds=[(0, 1)] * count,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
+        options={"ftol": 1e-14, "maxiter": 500},
+        method="SLSQP",
+    )
+    ours = project_to_simplex(target)
+    assert ours.sum() == pytest.approx(1)
+    assert (ours >= 0).all()
+    assert 0.5 * (ours - target) @ (ours - target) <= found.fun + 1e-7
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
+def test_projection_leaves_a_point_of_the_simplex_where_it_is(point: list[float]) -> None:
+    inside = np.asarray(point) / sum(point)
+    assert project_to_simplex(inside) == pytest.approx(inside)
+
+
+# -- the registry ------------------------------------------------------------------------------
 
 
 def test_an_unknown_rule_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(RuleError, match=r"'greedyy' is unknown; there are best, calibrated"):
+    with pytest.raises(RuleError, match=r"'greedyy' is unknown; there are auto, bayes, best"):
         get_rule("greedyy")
 
 
@@ -196,6 +173,39 @@ def test_a_rule_without_options_says_so() -> None:
         get_rule("uniform", {"tau": 1.0})
 
 
-def test_an_option_that_means_nothing_is_refused() -> None:
-    with pytest.raises(RuleError, match="tau is 0"):
-        get_rule("softmax", {"tau": 0})(observed([1.0, 2.0]))
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("softmax", {"tau": 0}, "option tau is 0: .* greater than 0"),
+        ("softmax", {"tau": "hot"}, "option tau is 'hot'"),
+        ("inverse-perplexity", {"p": float("nan")}, "option p is nan"),
+        ("ema", {"alpha": 2}, "option alpha is 2: .* less than or equal to 1"),
+        ("bayes", {"evaluations": 2.5}, r"option evaluations is 2\.5"),
+        ("bayes", {"space": "box"}, "option space is 'box'.*'pairwise'"),
+        ("auto", {"candidates": []}, "option candidates"),
+        ("auto", {"candidates": [{"name": "softmax"}]}, r"candidates\.0\.rule"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused_before_any_work(
+    name: str, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(RuleError, match=f"(?s)rule '{name}': .*{said}"):
+        get_rule(name, options)
+
+
+EXAMPLE = "examples.recency_and_quality:recency_and_quality"
+
+
+def test_a_rule_of_ones_own_is_named_by_where_it_can_be_imported() -> None:
+    weights = weights_of(EXAMPLE, [2.0, 2.0, 2.0], half_life=1)
+    assert weights == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    with pytest.raises(RuleError, match="no option 'p'; it takes tau, half_life"):
+        get_rule(EXAMPLE, {"p": 1})
+    with pytest.raises(RuleError, match="option tau is 'hot'"):
+        get_rule(EXAMPLE, {"tau": "hot"})
+
+
+@pytest.mark.parametrize("name", ["no.such.module:rule", "examples.recency_and_quality:nothing"])
+def test_a_rule_that_cannot_be_imported_is_told(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"rule\.name '{name}': .*PYTHONPATH"):
+        get_rule(name)

@@ -11,14 +11,16 @@ import torch
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, RecordError
 from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.gate import best_member
+from ckptfuse.params import Params
 from ckptfuse.plan import Fuse, Quarantine, Skip
 from ckptfuse.reading import load
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord, SkipRecord
-from ckptfuse.service import Service, losses_of, open_service
+from ckptfuse.service import Service, losses_of, open_service, plans_of
 from ckptfuse.steps.judge import judge_fusion
 from ckptfuse.steps.look import discover, load_state, next_actions, quarantine, skip
 from ckptfuse.steps.merge import merge_fusion
-from ckptfuse.steps.weigh import decide_weights, spec_of
+from ckptfuse.steps.weigh import decide_weights, review_weights, spec_of
 from ckptfuse.window import Window
 from tests.helpers import (
     checkpoint_record,
@@ -153,7 +155,7 @@ def test_a_checkpoint_counts_as_scored_when_every_split_has_its_record(service: 
     assert load_state(service).scored == {record.signature}
 
 
-# -- weigh and judge ---------------------------------------------------------------------------
+# -- weigh -------------------------------------------------------------------------------------
 
 
 def window_of(service: Service, losses: Sequence[float]) -> Fuse:
@@ -206,6 +208,117 @@ def test_a_plan_that_is_merged_needs_its_checkpoints_no_more(
     merged = FusionRecord(fusion=first.fusion, step=300, folder=str(tmp_path), size=0, files={})
     service.records.put(first.fusion, merged)
     assert decide_weights(service, Fuse(item.key, Window(item.window.members[1:]))) == first
+
+
+@pytest.mark.parametrize(("code", "prose", "step"), [(1.0, 0.1, 100), (0.1, 1.0, 300)])
+def test_weights_of_domains_decide_what_is_best_for_rule_and_gate_alike(
+    tmp_path: Path, code: float, prose: float, step: int
+) -> None:
+    """Step 100 is better at code, step 300 at prose."""
+    (tmp_path / "prose.jsonl").write_text('{"text": "of its own"}')
+    domains = {"code": {"path": str(tmp_path / "text.jsonl"), "weight": code},
+               "prose": {"path": str(tmp_path / "prose.jsonl"), "weight": prose}}  # fmt: skip
+    service = make_service(tmp_path, corpus={"domains": domains}, rule={"name": "best"})
+    write_checkpoint(tmp_path / "step300", {"w": torch.ones(4)})
+    (tmp_path / "step300" / "tokenizer.json").write_text("{}")
+    members = []
+    for number, losses in ((100, (2.0, 3.0)), (300, (2.2, 2.8))):
+        uri = str(tmp_path / "step300")
+        record = checkpoint_record(number, uri=uri, tokenizer="tokenizer")
+        record_losses(
+            service, record.fingerprint, np.repeat(losses, 10) * 10, domains=list(domains)
+        )
+        members.append(record)
+    plan = decide_weights(service, Fuse("window", Window(tuple(members))))
+    assert [m.step for m in plan.members if m.weight] == [step]
+    assert best_member(plan.members).step == step
+
+
+# -- review ------------------------------------------------------------------------------------
+
+
+def record_merge(service: Service, item: Fuse, weights: Sequence[float], loss: float) -> None:
+    """Leave the records of a scoring job that made and scored this merge."""
+    source = service.scorer.tokenizer(item.window.newest.uri)
+    fusion = spec_of(service, item.window.members, weights).id
+    record_losses(service, fusion, np.linspace(9, 11, 40) * loss, tokenizer=source.digest)
+
+
+def weighing_by(service: Service, rule: str, **options: object) -> Service:
+    chosen = {"name": rule, "options": options}
+    return open_service(Params.model_validate({**service.params.model_dump(), "rule": chosen}))
+
+
+def test_a_plan_is_reviewed_once_its_fusion_is_scored(service: Service) -> None:
+    item = window_of(service, [2.0, 1.9, 2.1])
+    first = decide_weights(service, item)
+    assert not first.is_final
+    record_merge(service, item, (1 / 3, 1 / 3, 1 / 3), 1.8)
+    reviewed = review_weights(service, item, first)
+    assert reviewed.is_final
+    assert (first.revision, reviewed.revision) == (0, 1)
+    assert reviewed.fusion == first.fusion
+    assert [merge.loss for merge in reviewed.merges] == pytest.approx([1.8])
+    assert decide_weights(service, item) == reviewed, "the last revision is the window's plan"
+    assert review_weights(service, item, reviewed) == reviewed, "there is nothing left to learn"
+
+
+def test_the_check_of_calibrated_is_recorded_with_what_it_had_expected(service: Service) -> None:
+    """With as much noise as here the weights are close to uniform, and the same energy holds."""
+    service = weighing_by(service, "calibrated")
+    item = window_of(service, [2.0, 1.9, 2.1])
+    record_merge(service, item, (1 / 3, 1 / 3, 1 / 3), 1.8)
+    first = decide_weights(service, item)
+    assert first.notes["noise_energy"] == pytest.approx(0.3)
+    weights = np.array([m.weight for m in first.members])
+    expected = weights @ [2.0, 1.9, 2.1] - 0.3 * (1 - weights @ weights)
+    record_merge(service, item, weights.tolist(), expected + 0.001)
+    reviewed = review_weights(service, item, first)
+    merge = reviewed.merges[-1]
+    assert merge.predicted == pytest.approx(expected)
+    assert merge.loss - expected == pytest.approx(0.001)
+    assert merge.standard_error is not None
+    assert all(m.weight_error is not None for m in reviewed.members)
+    assert reviewed.notes["noise_energy.text"] == pytest.approx(0.3)
+    assert reviewed.fusion == first.fusion
+
+
+def test_a_rule_that_expects_no_gain_is_declined_for_its_reason_unmerged(service: Service) -> None:
+    service = weighing_by(service, "calibrated")
+    item = window_of(service, [2.0, 1.9, 2.1])
+    for vector in ((1 / 3, 1 / 3, 1 / 3), (0.0, 0.5, 0.5)):
+        record_merge(service, item, vector, float(np.dot(vector, [2.0, 1.9, 2.1])))
+    plan = decide_weights(service, item)
+    assert not plan.is_merge
+    verdict = judge_fusion(service, plan)
+    assert verdict.verdict == "declined"
+    assert verdict.reason.startswith("no gain expected: the noise energy is")
+    assert verdict.comparisons == []
+
+
+def test_the_gate_judges_the_plan_that_a_rule_corrected(service: Service) -> None:
+    plans = [
+        plan_record(300, [member(100, 2.0), member(300, 1.9)], fusion=f"f{n}", revision=n)
+        for n in (2, 0, 1)
+    ]
+    for plan in plans:
+        service.records.put(plan.fusion, plan)
+    assert plans_of(service)["window-300"].fusion == "f2"
+
+
+def test_a_member_whose_loss_left_the_trend_is_marked_in_the_plan(service: Service) -> None:
+    item = window_of(service, [2.0, 2.6, 2.0])
+    for n in range(6):
+        early = checkpoint_record(10 * n + 10, tokenizer="tokenizer", fingerprint=f"early{n}")
+        service.records.put(early.signature, early)
+        record_losses(service, early.fingerprint, np.linspace(9, 11, 40) * 2.0)
+    for record in item.window.members:
+        service.records.put(record.signature, record)
+    marks = [m.spike for m in decide_weights(service, item).members]
+    assert marks == [None, pytest.approx(0.6), None]
+
+
+# -- judge -------------------------------------------------------------------------------------
 
 
 def judged(service: Service, fused: float) -> GateRecord:

@@ -1,11 +1,14 @@
 """Windows: ancestors only, of one segment, and what opens a new generation."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.errors import ConfigurationError
 from ckptfuse.params import WindowParams
 from ckptfuse.records import CheckpointRecord
 from ckptfuse.store import Entry
@@ -75,6 +78,38 @@ def test_the_same_bytes_under_two_names_are_one_member() -> None:
     assert steps(records) == [[100, 200]]
 
 
+def test_a_window_reaches_back_over_so_many_steps() -> None:
+    records = [checkpoint_record(step) for step in range(100, 600, 100)]
+    params = WindowParams(size=8, minimum=2, span_steps=250)
+    assert steps(records, params)[-1] == [300, 400, 500]
+    assert steps(records, WindowParams(size=2, minimum=2, span_steps=250))[-1] == [400, 500]
+
+
+def test_a_window_reaches_back_over_so_many_tokens_by_name_or_by_step() -> None:
+    named = [checkpoint_record(s, tokens=s * 10**7) for s in range(100, 600, 100)]
+    bare = [checkpoint_record(step) for step in range(100, 600, 100)]
+    params = WindowParams(size=8, minimum=2, span_tokens=2e9)
+    assert steps(named, params)[-1] == [300, 400, 500]
+    counted = params.model_copy(update={"tokens_per_step": 2e7})
+    assert steps(bare, counted)[-1] == [400, 500]
+    assert steps(named, counted)[-1] == [300, 400, 500], "what a name says stands"
+
+
+def test_a_span_of_tokens_that_nobody_knows_is_told() -> None:
+    records = [checkpoint_record(step) for step in (100, 200)]
+    with pytest.raises(ConfigurationError, match=r"'step200' does not say .*tokens_per_step"):
+        windows(records, WindowParams(size=8, minimum=2, span_tokens=2e9))
+
+
+def test_members_keep_their_spacing_counted_from_the_newest() -> None:
+    records = [checkpoint_record(step) for step in (100, 150, 190, 200, 290, 300)]
+    params = WindowParams(size=3, minimum=2, spacing=100)
+    found = {window[-1]: window for window in steps(records, params)}
+    assert found[300] == [100, 200, 300]
+    assert found[290] == [190, 290]
+    assert 190 not in found, "no checkpoint before it is a hundred steps away"
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3), st.sampled_from("ab")), unique=True),
     st.randoms(),
@@ -89,7 +124,7 @@ def test_windows_keep_their_promises_in_whatever_order_records_come(
         for step, generation, segment in drawn
     ]  # fmt: skip
     unique = list({(r.step, r.generation): r for r in records}.values())
-    params = WindowParams(size=3, minimum=2, boundaries=(5,))
+    params = WindowParams(size=3, minimum=2, boundaries=(5,), span_steps=6, spacing=2)
     found = windows(unique, params)
     for window in found:
         members = window.members
@@ -98,6 +133,9 @@ def test_windows_keep_their_promises_in_whatever_order_records_come(
         assert [m.step for m in members] == sorted({m.step for m in members})
         assert [m.generation for m in members] == sorted(m.generation for m in members)
         assert members[-1] == window.newest
+        assert members[-1].step - members[0].step <= 6
+        gaps = [b.step - a.step for a, b in pairwise(members)]
+        assert min(gaps) >= 2
     random.shuffle(unique)  # type: ignore[attr-defined]
     assert windows(unique, params) == found
 
