@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from prefect import flow
+from prefect.futures import wait
 
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues
@@ -16,10 +17,11 @@ from ckptfuse.records import (
     PublicationRecord,
 )
 from ckptfuse.service import Service, open_service
+from ckptfuse.steps import merge
 from ckptfuse.steps.look import discover, load_state
 from ckptfuse.window import Window, window_key, windows
 from tasks.discover import quarantine, skip
-from tasks.fuse import decide_weights, judge_fusion, merge_fusion
+from tasks.fuse import decide_weights, judge_fusion, merge_fusion, merge_shard
 from tasks.publish import publish
 from tasks.score import score_fusion
 from tasks.version import commit_fusion
@@ -48,9 +50,21 @@ def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRe
 
 def _verdict(service: Service, decided: PlanRecord) -> GateRecord:
     if sum(1 for member in decided.members if member.weight) > 1:
-        fusion = merge_fusion(service, decided)
+        fusion = merge_window(service, decided)
         score_fusion(service, decided, fusion)
     return judge_fusion(service, decided)
+
+
+def merge_window(service: Service, decided: PlanRecord) -> FusionRecord:
+    """The fusion's folder and record; with ``fuse.shards`` a task for each shard comes first.
+
+    What a shard could not do is left to the last task, which does it or tells why not.
+    """
+    shards = service.params.fuse.shards
+    if shards > 1 and merge.merged(service, decided) is None:
+        wait([merge_shard.submit(service, decided, shard) for shard in range(shards)])
+    record: FusionRecord = merge_fusion(service, decided)
+    return record
 
 
 def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
@@ -64,7 +78,7 @@ def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
 
 def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -> PublicationRecord:
     """Everything after the verdict, in the order of publication; repeats nothing that is done."""
-    fusion: FusionRecord = merge_fusion(service, decided)
+    fusion = merge_window(service, decided)
     entry = commit_fusion(service, decided, verdict, fusion)
     return publish(service, decided, verdict, fusion, entry)
 
