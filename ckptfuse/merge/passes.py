@@ -22,8 +22,9 @@ from ckptfuse.merge.arithmetic import BLOCK_ELEMENTS
 from ckptfuse.merge.hashing import InputHashes
 from ckptfuse.merge.inputs import Inputs
 from ckptfuse.merge.output_files import OutputFile, output_files
+from ckptfuse.merge.requests import Requests, Spread
 from ckptfuse.merge.sources import Source
-from ckptfuse.merge.stretches import LeafDigests, Spread, Stretch, StretchMerger, Worker
+from ckptfuse.merge.stretches import LeafDigests, Stretch, Worker, merge_stretch
 from ckptfuse.merge.tally import Progress, Tally, ignore
 from ckptfuse.store import PartWriter
 
@@ -76,14 +77,14 @@ class Pass:
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self._threads))
         spread: Spread = map
         if self._store.is_remote:  # from a network, all inputs at once
-            requests = ThreadPoolExecutor(self._threads * sum(self._read))
-            spread = self._stack.enter_context(requests).map
-        self._merger = StretchMerger(
+            pool = ThreadPoolExecutor(self._threads * sum(self._read))
+            spread = self._stack.enter_context(pool).map
+        self._requests = Requests(
             inputs=self.inputs,
             vectors=self.vectors,
             sources=self._sources,
             ancillary=self._open(self.inputs.ancillary),
-            request_size=self._request_size,
+            size=self._request_size,
             block_elements=self._block_elements,
             spread=spread,
         )
@@ -176,7 +177,7 @@ class Pass:
         if not hasattr(self._local, "worker"):
             self._local.worker = Worker()
             self._workers.append(self._local.worker)
-        return self._merger.merge(stretch, outputs, hashed, self._local.worker)
+        return merge_stretch(stretch, self._requests, outputs, hashed, self._local.worker)
 
 
 def _stretch_size(request_size: int) -> int:
