@@ -1,14 +1,17 @@
-"""Whole processes: how long they took and the most memory they held; and what machine it was."""
+"""Whole processes: how long they took and the most memory they held; the machine; the results."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +63,12 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "-"
+
+
+def write_results(name: str, about: Mapping[str, str], figures: object, text: str) -> None:
+    """``results/NAME.json`` with every figure and ``results/NAME.md`` for people; printed too."""
+    RESULTS.mkdir(exist_ok=True)
+    values = json.dumps({"machine": about, "figures": figures}, indent=1)
+    (RESULTS / f"{name}.json").write_text(f"{values}\n")
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)

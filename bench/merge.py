@@ -17,9 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.checkpoints import LARGE, SMALL, Shape, make_window
-from bench.measure import Process, machine, run
-
-HERE = Path(__file__).parent
+from bench.measure import Process, machine, run, write_results
 
 
 @dataclass
@@ -148,15 +146,7 @@ def markdown(cases: Sequence[Case], about: dict[str, str]) -> str:
         "| seconds | " + " | ".join(case.name for case in cases) + " |",
         "|---|" + "---|" * len(cases),
     ]
-    rows = (
-        "ceiling",
-        "ceiling, synced",
-        "engine",
-        "ckptfuse merge",
-        "load and average",
-        "mergekit",
-    )
-    for row in rows:
+    for row in SECONDS:
         lines.append(_row(row, [_text(case.median(row), "{:.2f}") for case in cases]))
     lines.append(_row("engine / ceiling", [_ratio(c, "engine", "ceiling") for c in cases]))
     lines.append(
@@ -203,15 +193,8 @@ def main() -> None:
         print(
             case.name, {name: round(case.median(name) or 0, 2) for name in case.figures}, flush=True
         )
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
     figures = {case.name: case.figures for case in CASES}
-    (results / "merge.json").write_text(
-        json.dumps({"machine": about, "figures": figures}, indent=1) + "\n"
-    )
-    text = markdown(CASES, about)
-    (results / "merge.md").write_text(text)
-    print(text)
+    write_results("merge", about, figures, markdown(CASES, about))
 
 
 if __name__ == "__main__":

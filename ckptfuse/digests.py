@@ -68,7 +68,11 @@ class TreeHasher:
         self._leaf = hashlib.sha256()
         self._room = LEAF_SIZE
 
-    def hexdigest(self) -> str:
+    def leaves(self) -> list[bytes]:
+        """The digests of all leaves; the stream has ended with this."""
         if self._room < LEAF_SIZE:
             self._close_leaf()
-        return tree_digest(self._leaves)
+        return self._leaves
+
+    def hexdigest(self) -> str:
+        return tree_digest(self.leaves())

@@ -6,6 +6,7 @@ checkpoint (``read_training_state``).
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -30,13 +31,18 @@ _TRAINER_KEYS = frozenset(
     ["lr_scheduler", "scheduler", "lr_schedulers", "dataloader", "train_state", "trainer", "rng",
      "rng_state", "opt_param_scheduler", "ema", "step", "steps", "epoch", "iteration"]
 )  # fmt: skip
+#: What Megatron puts before the names of each optimizer where there are several.
+_CHAINED = re.compile(r"^chained_\d+\.")
 #: What wrappers put before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
 
 #: fp32 copies of the weights that an optimizer keeps: Megatron, Transformer Engine, apex.
 MASTERS = (
     "*fp32_param*", "*master_param*", "*master_weight*", "*main_param*", "*.master.*", "*.master",
+    "*.bucket_idx_*.param",
 )  # fmt: skip
+#: Objects, opaque to us, in which Megatron's dp_zero_gather_scatter keeps those copies.
+OPAQUE_MASTERS = ("*.param_state", "*.param_state/*")
 #: Averages of gradients: their names in torch, apex, Megatron, Muon and Lion.
 MOMENTS = (
     "*exp_avg*", "*exp_inf*", "*momentum_buffer*", "*momentum*", "*square_avg*", "*grad_avg*",
@@ -154,7 +160,8 @@ def _is_trainers(entry: dcp.Entry) -> bool:
 
 
 def _first_key(entry: dcp.Entry) -> str:
-    return str(entry.path[0]).partition(".")[0].partition("/")[0]
+    key = _CHAINED.sub("", str(entry.path[0]))
+    return key.partition(".")[0].partition("/")[0]
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -167,6 +167,7 @@ class FuseParams(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     copied: tuple[str, ...] = ()
     strict: bool = False
+    shards: int = Field(default=1, ge=1)
 
 
 class GateParams(Section):
@@ -220,7 +221,8 @@ class Params(BaseSettings):
     SCIENTIFIC: ClassVar = ("trajectory", "corpus", "scoring", "window", "rule", "fuse", "gate")
     #: How, and how much of it, is carried out; not what comes out.
     HOST_ONLY: ClassVar = {
-        "scoring": {"batch_tokens", "threads", "gpus_per_job", "model", "every", "hours_per_day"}
+        "scoring": {"batch_tokens", "threads", "gpus_per_job", "model", "every", "hours_per_day"},
+        "fuse": {"shards"},
     }
 
     trajectory: str = "trajectory"

@@ -1,5 +1,6 @@
 """What every step of the pipeline needs: one trajectory's parameters, workspace and losses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,10 @@ class Service:
     @cached_property
     def scorer(self) -> Scorer:
         return Scorer(self.params, self.records, self.workspace.folder("cache"))
+
+    def __reduce__(self) -> tuple[Callable[[Params], "Service"], tuple[Params]]:
+        """Sent to a task in another process, it is opened there anew, with its caps on reading."""
+        return open_service, (self.params,)
 
 
 def open_service(params: Params) -> Service:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from prefect import flow
+from prefect.futures import wait
 
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues, RuleError
@@ -16,10 +17,11 @@ from ckptfuse.records import (
     PublicationRecord,
 )
 from ckptfuse.service import Service, open_service
+from ckptfuse.steps import merge
 from ckptfuse.steps.look import discover, load_state
 from ckptfuse.window import Window, window_key, windows
 from tasks.discover import quarantine, skip
-from tasks.fuse import decide_weights, judge_fusion, merge_fusion, review_weights
+from tasks.fuse import decide_weights, judge_fusion, merge_fusion, merge_shard, review_weights
 from tasks.publish import publish
 from tasks.score import score_fusion
 from tasks.version import commit_fusion
@@ -55,12 +57,24 @@ def _decided(service: Service, item: Fuse) -> PlanRecord:
     for _ in range(MAX_REVIEWS):
         if not decided.is_merge:
             return decided
-        score_fusion(service, decided, merge_fusion(service, decided))
+        score_fusion(service, decided, merge_window(service, decided))
         reviewed = review_weights(service, item, decided)
         if reviewed.fusion == decided.fusion:
             return reviewed
         decided = reviewed
     raise RuleError(f"rule {decided.rule!r} changed its weights {MAX_REVIEWS} times")
+
+
+def merge_window(service: Service, decided: PlanRecord) -> FusionRecord:
+    """The fusion's folder and record; with ``fuse.shards`` a task for each shard comes first.
+
+    What a shard could not do is left to the last task, which does it or tells why not.
+    """
+    shards = service.params.fuse.shards
+    if shards > 1 and merge.merged(service, decided) is None:
+        wait([merge_shard.submit(service, decided, shard) for shard in range(shards)])
+    record: FusionRecord = merge_fusion(service, decided)
+    return record
 
 
 def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
@@ -74,7 +88,7 @@ def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
 
 def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -> PublicationRecord:
     """Everything after the verdict, in the order of publication; repeats nothing that is done."""
-    fusion: FusionRecord = merge_fusion(service, decided)
+    fusion = merge_window(service, decided)
     entry = commit_fusion(service, decided, verdict, fusion)
     return publish(service, decided, verdict, fusion, entry)
 

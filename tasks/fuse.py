@@ -35,9 +35,15 @@ def _tell(decided: PlanRecord) -> None:
         log.info("step %d: %s", decided.step, sentence)
 
 
+@task(cache_policy=NO_CACHE, task_run_name="merge step {decided.step}, shard {shard}")
+def merge_shard(service: Service, decided: PlanRecord, shard: int) -> None:
+    """Merge one of the window's shards, here or wherever the flow's task runner has this run."""
+    merge.merge_shard(service, decided, shard)
+
+
 @task(cache_policy=NO_CACHE, task_run_name="merge step {decided.step}")
 def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
-    """Merge the window into the workspace."""
+    """Merge the window into the workspace, or what its shards have left of it."""
     return merge.merge_fusion(service, decided)
 
 

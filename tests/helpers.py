@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import Checkpoint, open_checkpoint
@@ -41,12 +41,25 @@ def write_checkpoint(
     return open_checkpoint(str(folder))
 
 
+def split_weights(folder: Path, shards: int = 2) -> None:
+    """Save a checkpoint's one weight file as shards, as its trainer would have, state file last."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    _write_shards(folder, tensors, shards)
+    (folder / "trainer_state.json").touch()
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def _write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int) -> None:
     weight_map = {}
     for number in range(shards):
         names = sorted(tensors)[number::shards]
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        save_file({name: tensors[name] for name in names}, folder / file)
+        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

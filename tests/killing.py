@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -49,12 +50,14 @@ class Killer:
         self.at = at
         self.log = log
         self.count = 0
+        self.lock = threading.Lock()
 
     def called(self, name: str) -> None:
-        self.count += 1
-        os.write(self.log, f"{name}\n".encode())
-        if self.count == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with self.lock:  # calls from other threads come after the end
+            self.count += 1
+            os.write(self.log, f"{name}\n".encode())
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def wrap(self, owner: Any, attribute: str, name: Callable[..., str]) -> None:
         real = getattr(owner, attribute)

@@ -2,7 +2,7 @@
 
 A trajectory is fused once; two more checkpoints land. One watch run of what follows, undisturbed,
 is what every other must come to: the same run killed with SIGKILL after its first, second, ...
-external call (tests/killing.py), and then repeated.
+external call (tests/killing.py), and then repeated. Weights are merged in two shards, a task each.
 """
 
 import json
@@ -20,6 +20,7 @@ import pytest
 
 from flows.watch import watch
 from tests.conftest import Project, Trajectory, environment, make_project
+from tests.helpers import split_weights
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -81,7 +82,11 @@ def scene(
     prefect_server: str, trajectory: Trajectory, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("kill")
-    project = make_project(folder / "project", trajectory)
+    sharded = Trajectory(folder / "sharded", trajectory.corpus)
+    shutil.copytree(trajectory.bucket, sharded.bucket, copy_function=shutil.copy2)
+    for path in sharded.bucket.iterdir():
+        split_weights(path)
+    project = make_project(folder / "project", sharded, fuse={"shards": 2})
     first, second = trajectory.steps()[:4], trajectory.steps()[4:6]
     project.land(*first)
     assert watch(project.params_file).published == 1

@@ -6,7 +6,7 @@ the end. NumPy's ufuncs do one operation a call, so nothing can be fused, and th
 no thread count, block size or CPU.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -49,33 +49,34 @@ def wide_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 def weighted_sums(
     parts: Sequence[Array | None], vectors: Sequence[Sequence[float]], scratch: Scratch
-) -> list[Array]:
-    """For each weight vector the sum of parts x weight, in the wide type, first part first.
+) -> Iterator[Array]:
+    """For each weight vector in turn the sum of parts x weight, in the wide type, first part first.
 
-    ``parts`` are flat arrays of one length and dtype; None where no vector has a weight. The sums
-    are scratch memory.
+    ``parts`` are flat arrays of one length and dtype; None where no vector has a weight. A sum is
+    scratch memory: it is gone when the next one is asked for.
     """
     given = next(part for part in parts if part is not None)
     dtype, count = wide_dtype(given.dtype), len(given)
-    widened, product = (scratch.take(use, dtype, count) for use in ("widened", "product"))
-    sums: list[Array | None] = [None] * len(vectors)
-    for i, part in enumerate(parts):
-        if part is None:
-            continue
-        values = part
-        if part.dtype != dtype:
-            np.copyto(widened, part)
-            values = widened
-        for v, vector in enumerate(vectors):
-            if not vector[i]:
-                continue
-            weight = dtype.type(vector[i])
-            total = sums[v]
-            if total is None:  # the first product itself: 0 + -0 would lose the sign
-                sums[v] = np.multiply(values, weight, out=scratch.take(f"sum {v}", dtype, count))
-            else:
-                np.add(total, np.multiply(values, weight, out=product), out=total)
-    return [total for total in sums if total is not None]
+    wide = [_widened(part, dtype, scratch, i) for i, part in enumerate(parts)]
+    total, product = (scratch.take(use, dtype, count) for use in ("total", "product"))
+    for vector in vectors:  # one sum at a time stays in the cache, however many there are
+        terms = [
+            (values, dtype.type(weight))
+            for values, weight in zip(wide, vector, strict=True)
+            if values is not None and weight
+        ]
+        np.multiply(*terms[0], out=total)  # the product itself: 0 + -0 would lose the sign
+        for values, weight in terms[1:]:
+            np.add(total, np.multiply(values, weight, out=product), out=total)
+        yield total
+
+
+def _widened(part: Array | None, dtype: np.dtype[Any], scratch: Scratch, i: int) -> Array | None:
+    if part is None or part.dtype == dtype:
+        return part
+    values = scratch.take(f"widened {i}", dtype, len(part))
+    np.copyto(values, part)
+    return values
 
 
 def round_into(output: Array, total: Array) -> bool:

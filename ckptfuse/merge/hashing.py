@@ -1,12 +1,11 @@
 """Content hashes of the inputs, from the bytes that a merge reads anyway.
 
 Where an input's file is laid out as the output's is, which is the rule within a trajectory, the
-leaves of both are the same ranges: as a leaf is merged, what is read of each input goes through a
-hash in order, and what no tensor covers (headers, other archives) is read for the hash alone. So a
-merge by hand, which knows no fingerprints, reads every byte once.
+leaves of both are the same ranges: as a stretch of them is merged, what is read of each input goes
+through a hash in order, and what no tensor covers (headers, other archives) is read for the hash
+alone. So a merge by hand, which knows no fingerprints, reads every byte once.
 """
 
-import hashlib
 from collections.abc import Mapping
 
 from ckptfuse import digests
@@ -17,8 +16,8 @@ from ckptfuse.merge.output_files import OutputFile
 from ckptfuse.store import Reader
 
 
-class LeafHash:
-    """The SHA-256 of one file's bytes from ``begin`` to ``end``, which come in rising order."""
+class StretchHash:
+    """Leaf digests of one file's bytes from ``begin`` to ``end``, which come in rising order."""
 
     def __init__(self, file: str, reader: Reader, begin: int, end: int, buffer: memoryview) -> None:
         self.file = file
@@ -26,28 +25,29 @@ class LeafHash:
         self._position = begin
         self._end = end
         self._buffer = buffer
-        self._hash = hashlib.sha256()
+        self._hasher = digests.TreeHasher()
 
     def take(self, file: str, start: int, data: memoryview) -> None:
         """Bytes that were read from ``start`` of ``file``; of another file they do not count."""
         if file != self.file:
             return
         self._fill(min(start, self._end))
-        skip = self._position - start  # an element on the border of two leaves is read for both
-        part = data[skip : self._end - start]
-        self._hash.update(part)
-        self._position += len(part)
+        skip = self._position - start  # an element on a border is read for both of its sides
+        self._update(data[skip : self._end - start])
 
-    def digest(self) -> bytes:
+    def leaves(self) -> list[bytes]:
         self._fill(self._end)
-        return self._hash.digest()
+        return self._hasher.leaves()
 
     def _fill(self, to: int) -> None:
         while self._position < to:
             part = self._buffer[: to - self._position]
             self._reader.read_into(self._position, part)
-            self._hash.update(part)
-            self._position += len(part)
+            self._update(part)
+
+    def _update(self, part: memoryview) -> None:
+        self._hasher.update(part)
+        self._position += len(part)
 
 
 class InputHashes:

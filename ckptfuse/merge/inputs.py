@@ -12,6 +12,7 @@ from ckptfuse.fusion import Recipe
 from ckptfuse.layouts import (
     MASTERS,
     MOMENTS,
+    OPAQUE_MASTERS,
     Layout,
     is_optimizer,
     matches,
@@ -141,6 +142,13 @@ def _check_optimizer(reference: Layout, recipe: Recipe) -> None:
             raise MismatchedCheckpoints(
                 f"{reference.checkpoint.uri}: {entry.name!r}, in a distributed checkpoint of the "
                 "optimizer's own, holds weights that would be copied and, after a resume, undo the "
+                "merge; leave the optimizer out with --optimizer none"
+            )
+    for entry in reference.entries.values():
+        if is_optimizer(entry) and matches(entry.name, OPAQUE_MASTERS):
+            raise MismatchedCheckpoints(
+                f"{reference.checkpoint.uri}: the optimizer's {entry.name!r} is an object that "
+                "holds fp32 copies of weights; it would be copied and, after a resume, undo the "
                 "merge; leave the optimizer out with --optimizer none"
             )
     known = (*MASTERS, *recipe.masters, *MOMENTS, *COPIED, *recipe.copied)

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ckptfuse import digests
 from ckptfuse.checkpoints import SINGLE
 from ckptfuse.formats.safetensors import encode_header
 from ckptfuse.formats.tensors import Box, Tensor, tensor_bytes
@@ -67,10 +66,6 @@ class OutputFile:
     def size(self) -> int:
         ends = [s.start + s.length for s in self.segments[-1:]] + [p.end for p in self.placed[-1:]]
         return max(ends, default=len(self.header))
-
-    @property
-    def leaves(self) -> range:
-        return range(0, self.size, digests.LEAF_SIZE)
 
     def within(self, begin: int, end: int) -> Iterator["Span"]:
         """The elements that have bytes from ``begin`` to ``end``."""

@@ -13,7 +13,7 @@ import numpy as np
 from ckptfuse.formats.tensors import Piece, Runs, shared_runs, tensor_bytes
 from ckptfuse.layouts import Layout
 from ckptfuse.merge.arithmetic import Array, Scratch
-from ckptfuse.merge.hashing import LeafHash
+from ckptfuse.merge.hashing import StretchHash
 from ckptfuse.merge.output_files import Span
 from ckptfuse.store import Reader
 
@@ -33,7 +33,7 @@ class Source:
         self.readers[file].read_into(start, view)
 
     def read(
-        self, spans: Sequence[Span], use: str, scratch: Scratch, hashed: LeafHash | None = None
+        self, spans: Sequence[Span], use: str, scratch: Scratch, hashed: StretchHash | None = None
     ) -> Array:
         """The bytes of these spans' elements, one span after the other, in ``use``'s memory.
 

@@ -1,30 +1,40 @@
-"""Merge: from a plan to the fusion's folder in the workspace."""
+"""Merge: from a plan to the fusion's folder in the workspace, at once or in shards beforehand."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ckptfuse.checkpoints import Checkpoint, Contents, open_checkpoint
 from ckptfuse.fusion import FusionSpec
-from ckptfuse.merge.folder import write_fusion
-from ckptfuse.merge.inputs import open_inputs
+from ckptfuse.merge import folder as merging
+from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.records import FusionRecord, PlanRecord
 from ckptfuse.service import Service
 from ckptfuse.steps.weigh import spec_of
 from ckptfuse.store import FolderStore, remove_folder
 
 
+def merged(service: Service, decided: PlanRecord) -> FusionRecord | None:
+    """The fusion, if it is merged and its folder still there."""
+    known = service.records.get(FusionRecord, decided.fusion)
+    return known if known is not None and Path(known.folder).is_dir() else None
+
+
+def merge_shard(service: Service, decided: PlanRecord, shard: int) -> None:
+    """Merge shard ``shard`` of ``fuse.shards``; `merge_fusion` then finds its files done."""
+    spec, members = _spec_and_members(service, decided)
+    target = FolderStore(service.workspace.model(decided.fusion))
+    inputs = _open(spec, members)
+    merging.merge_shard(inputs, spec.narrowed(), target, shard, service.params.fuse.shards)
+
+
 def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
     """The fusion's folder in the workspace, complete."""
-    known = service.records.get(FusionRecord, decided.fusion)
-    if known is not None and Path(known.folder).is_dir():
+    known = merged(service, decided)
+    if known is not None:
         return known
     folder = service.workspace.model(decided.fusion)
     remove_folder(folder)  # merged, but not yet recorded, by a run that was killed
-    newest = decided.members[-1]
-    needed = [m for m in decided.members if m.weight or m is newest]  # others may be gone by now
-    spec = spec_of(service, needed, [m.weight for m in needed])
-    opened = [open_checkpoint(m.uri, m.signature) for m in needed]
-    files = make_fusion(spec, opened, folder)
+    files = make_fusion(*_spec_and_members(service, decided), folder)
     record = FusionRecord(
         fusion=decided.fusion,
         step=decided.step,
@@ -40,6 +50,18 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
 
 def make_fusion(spec: FusionSpec, members: Sequence[Checkpoint], folder: Path) -> Contents:
     """Merge into a local folder. ``members`` are all of ``spec``'s, the ancillary one last."""
+    return merging.write_fusion(_open(spec, members), spec.narrowed(), FolderStore(folder))
+
+
+def _spec_and_members(
+    service: Service, decided: PlanRecord
+) -> tuple[FusionSpec, Sequence[Checkpoint]]:
+    newest = decided.members[-1]
+    needed = [m for m in decided.members if m.weight or m is newest]  # others may be gone by now
+    spec = spec_of(service, needed, [m.weight for m in needed])
+    return spec, [open_checkpoint(m.uri, m.signature) for m in needed]
+
+
+def _open(spec: FusionSpec, members: Sequence[Checkpoint]) -> Inputs:
     used = [c for c, weight in zip(members, spec.weights, strict=True) if weight]
-    inputs = open_inputs(used, members[-1], spec.recipe)
-    return write_fusion(inputs, spec.narrowed(), FolderStore(folder))
+    return open_inputs(used, members[-1], spec.recipe)

@@ -20,7 +20,7 @@ _FIRST_PAUSE = 0.2  # seconds
 class S3Store:
     """Objects under a prefix; every request that reads waits for ``throttle``."""
 
-    request_size = 8 * 1024 * 1024
+    request_size = 16 * 1024 * 1024  # boto3 takes 2 ms of a CPU for each, whatever its length
     is_remote = True
 
     def __init__(self, bucket: str, prefix: str, throttle: Throttle = FREE) -> None:

@@ -163,6 +163,7 @@ def test_a_missing_file_says_how_to_name_one(tmp_path: Path) -> None:
         "watch: {settle_seconds: 1}",
         "promotion: {minimum_gain: 1}",
         "scoring: {threads: 3}",
+        "fuse: {shards: 3}",
         "mlflow: {model: m}",
         "corpus: {domains: {a: {path: /elsewhere/a.parquet, field: content}}}",
     ],

@@ -1,5 +1,6 @@
 """Steps from records to records: each asks first what is there, and repairs what a kill left."""
 
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, RecordError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.gate import best_member
+from ckptfuse.merge.passes import Pass
 from ckptfuse.params import Params
 from ckptfuse.plan import Fuse, Quarantine, Skip
 from ckptfuse.reading import load
@@ -19,11 +21,12 @@ from ckptfuse.records import FusionRecord, GateRecord, PlanRecord, SkipRecord
 from ckptfuse.service import Service, losses_of, open_service, plans_of
 from ckptfuse.steps.judge import judge_fusion
 from ckptfuse.steps.look import discover, load_state, next_actions, quarantine, skip
-from ckptfuse.steps.merge import merge_fusion
+from ckptfuse.steps.merge import merge_fusion, merge_shard
 from ckptfuse.steps.weigh import decide_weights, review_weights, spec_of
 from ckptfuse.window import Window
 from tests.helpers import (
     checkpoint_record,
+    folder_bytes,
     make_older,
     make_service,
     member,
@@ -111,6 +114,54 @@ def test_pruned_weights_are_made_again_byte_for_byte(service: Service) -> None:
     shutil.rmtree(first.folder)
     again = merge_fusion(service, plan)
     assert {path.name: path.read_bytes() for path in Path(again.folder).iterdir()} == before
+
+
+def sharded(folder: Path, shards: int) -> tuple[Service, PlanRecord]:
+    """A service that merges in so many shards, and a plan of checkpoints of two weight files."""
+    for n in (1, 2, 3):
+        tensors = {"w": torch.full((4,), float(n)), "x": torch.arange(3.0) * n}
+        write_checkpoint(folder / "bucket" / f"step{n}00", tensors, shards=2)
+    bucket = str(folder / "bucket")
+    made = make_service(folder, bucket=bucket, rule={"name": "uniform"}, fuse={"shards": shards})
+    return made, decided(made)
+
+
+def test_shards_before_it_change_nothing_of_a_merge(tmp_path: Path) -> None:
+    """Done, left undone by a kill, or more than there are files."""
+    whole, plan = sharded(tmp_path / "whole", 1)
+    expected = merge_fusion(whole, plan)
+    for done in ([], [1], [0, 1, 2]):
+        service, same_plan = sharded(tmp_path / f"{len(done)}", 3)
+        for shard in done:
+            merge_shard(service, same_plan, shard)
+            assert not service.workspace.model(plan.fusion).exists()
+        made = merge_fusion(service, same_plan)
+        assert (made.fusion, made.files) == (expected.fusion, expected.files)
+        folders = Path(made.folder), Path(expected.folder)
+        assert folder_bytes(folders[0]) == folder_bytes(folders[1])
+        assert [path.name for path in folders[0].parent.iterdir()] == [made.fusion]
+
+
+def test_the_last_step_merges_only_what_the_shards_have_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, plan = sharded(tmp_path, 2)
+    merge_shard(service, plan, 1)
+    merge_file, files = Pass.merge_file, []
+    monkeypatch.setattr(
+        Pass, "merge_file", lambda *given: files.append(given[1].name) or merge_file(*given)
+    )
+    merge_fusion(service, plan)
+    assert files == ["model-00001-of-00002.safetensors"]
+
+
+def test_a_shard_is_merged_by_a_worker_that_got_the_task_as_bytes(tmp_path: Path) -> None:
+    service, plan = sharded(tmp_path, 2)
+    service.scorer.corpus_digest()
+    there: Service = pickle.loads(pickle.dumps(service))
+    merge_shard(there, plan, 0)
+    (unfinished,) = service.workspace.model(plan.fusion).parent.iterdir()
+    assert (unfinished / "model-00001-of-00002.safetensors").exists()
 
 
 def test_a_member_that_was_written_again_is_not_merged_under_its_old_name(

@@ -1,0 +1,176 @@
+"""The commands of the service: they read params.yaml and work on its workspace."""
+
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckptfuse.errors import CkptfuseError, ConfigurationError
+from flows.commands.console import stderr, stdout
+
+if TYPE_CHECKING:
+    from ckptfuse.params import Params
+    from flows.watch import Summary
+
+ParamsOption = Annotated[
+    Path | None, typer.Option("--params", help="params.yaml to read  [default: ./params.yaml]")
+]
+DECLINED = 3
+
+
+def _load(params: Path | None) -> tuple["Params", str]:
+    """The parameters and their file, with the environment ready for Prefect and MLflow."""
+    from ckptfuse.params import PARAMS_FILE, load_params
+    from flows.environment import prepare
+
+    loaded = load_params(params)
+    prepare(Path(loaded.workspace))
+    file = params or Path(os.environ.get("CKPTFUSE_PARAMS", PARAMS_FILE))
+    return loaded, str(file.resolve())
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("ckptfuse")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+
+
+def watch(
+    params: ParamsOption = None,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+) -> None:
+    """Watch the bucket: score, fuse, prove, version and register what is new."""
+    loaded, file = _load(params)
+    _preflight(loaded)
+    _log_to_stderr()
+    stderr.print("starting (the first look takes a few seconds: Prefect's server starts)")
+    from flows.watch import watch as watch_flow
+
+    if once:
+        summary = watch_flow(file)
+        stdout.print(_sentence(summary), markup=False)
+        if summary.delayed:
+            raise typer.Exit(1)
+        return
+    while True:
+        _look_and_go_on(watch_flow, file)
+        time.sleep(loaded.watch.interval_seconds)
+
+
+def _look_and_go_on(watch_flow: object, file: str) -> None:
+    """One scheduled look; a failure is told, and the next look tries again."""
+    try:
+        summary: Summary = watch_flow(file)  # type: ignore[operator]
+    except ConfigurationError:
+        raise
+    except Exception as error:  # the watch outlives a store, a server or a disk that fails
+        stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
+        return
+    if not summary.did_nothing:
+        stderr.print(_sentence(summary), markup=False)
+
+
+def _preflight(params: "Params") -> None:
+    """Tell of a wrong bucket, corpus, rule or server before any work begins."""
+    from ckptfuse.checkpoints import check_bucket_uri
+    from ckptfuse.service import open_service
+    from ckptfuse.store import open_store
+    from flows.show import reading_bar
+
+    with reading_bar(stderr) as read:
+        open_service(params).scorer.prepare_corpus(read)
+    open_store(check_bucket_uri(params.bucket)).list()
+    _check_prefect(os.environ.get("PREFECT_API_URL"))
+
+
+def _check_prefect(url: str | None) -> None:
+    """Tell of a server that was named and is not there; without one Prefect starts its own."""
+    if url is None:
+        return
+    try:
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10).close()  # noqa: S310 - the team's own
+    except urllib.error.HTTPError:
+        return  # it answers; whether it lets us in is between Prefect and it
+    except OSError as error:
+        raise CkptfuseError(
+            f"Prefect's server at {url} does not answer ({error}); start it, or unset "
+            "PREFECT_API_URL to use an embedded one"
+        ) from error
+
+
+def _sentence(summary: "Summary") -> str:
+    if summary.busy:
+        return "Another process is at work on this workspace; nothing done."
+    waiting = f" ({summary.incomplete} not complete yet)" if summary.incomplete else ""
+    if summary.delayed:
+        return f"Publication waits for the next run: {summary.delayed}"
+    if summary.did_nothing:
+        held = f"; {len(summary.held)} could not be read" if summary.held else ""
+        return f"Nothing to do: {summary.complete} checkpoints, all seen before{waiting}{held}."
+    verdicts = [f"step {v.step}: {v.verdict} ({v.reason})" for v in summary.verdicts]
+    return (
+        f"{summary.scored} scored, {summary.quarantined} quarantined, {summary.skipped} skipped, "
+        f"{summary.published} published{waiting}. " + " ".join(verdicts)
+    ).strip()
+
+
+def fuse(
+    params: ParamsOption = None,
+    step: Annotated[
+        int | None, typer.Option(help="Fuse the window that ends here  [default: the newest]")
+    ] = None,
+) -> None:
+    """Fuse one window of checkpoints that are scored already."""
+    loaded, file = _load(params)
+    _preflight(loaded)
+    _log_to_stderr()
+    from flows.fuse import fuse_step
+
+    verdict = fuse_step(file, step)
+    stdout.print(f"step {verdict.step}: {verdict.verdict}: {verdict.reason}", markup=False)
+    if verdict.verdict == "declined":
+        raise typer.Exit(DECLINED)
+
+
+def backfill(params: ParamsOption = None) -> None:
+    """Replay a finished trajectory: fuse and judge every window, oldest first."""
+    loaded, file = _load(params)
+    _preflight(loaded)
+    _log_to_stderr()
+    from flows.backfill import backfill as backfill_flow
+
+    stdout.print(_sentence(backfill_flow(file)), markup=False)
+
+
+def status(params: ParamsOption = None) -> None:
+    """Show what is known of the trajectory: checkpoints, fusions, verdicts."""
+    loaded, _ = _load(params)
+    from ckptfuse.corpus.survey import near_duplicates_of
+    from ckptfuse.overview import overview
+    from ckptfuse.service import open_service
+    from flows.show import notes, table
+
+    seen = overview(open_service(loaded))
+    stdout.print(table(seen))
+    for sentence in near_duplicates_of(seen.corpus) if seen.corpus else ():
+        stdout.print(f"corpus, {sentence} (more: ckptfuse corpus)", markup=False)
+    for line in notes(seen):
+        stdout.print(line, markup=False)
+    for item in seen.quarantined:
+        stdout.print(f"quarantined {item.name}: {item.reason}", markup=False)
+
+
+def report(params: ParamsOption = None) -> None:
+    """Write the report page and print its path."""
+    loaded, _ = _load(params)
+    from ckptfuse.report.page import write_report
+    from ckptfuse.service import open_service
+
+    stdout.print(str(write_report(open_service(loaded))), markup=False)
