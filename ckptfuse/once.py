@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ckptfuse import blocks as blocks_module
 from ckptfuse import packing
@@ -11,6 +12,7 @@ from ckptfuse.blocks import block_digest
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.conversion import model_config
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
+from ckptfuse.cut import Cut
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.jobs import run_job
 from ckptfuse.layouts import read_layout
@@ -43,7 +45,9 @@ def score_once(
     split: Split | None = None,
     tokenizer: str | None = None,
     block_length: int | None = None,
-    bos: str = "document",
+    layout: Literal["packed", "rolling"] = "packed",
+    stride: int | None = None,
+    bos: Literal["document", "none"] = "document",
     device: str = "auto",
     converter: str | None = None,
     model: str | None = None,
@@ -53,28 +57,26 @@ def score_once(
 
     ``block_length`` defaults to 1,024 tokens, or the model's longest context if that is shorter.
     """
-    layout = read_layout(open_checkpoint(checkpoint))
-    config = model_config(model) if model else layout.config
+    config = model_config(model) if model else read_layout(open_checkpoint(checkpoint)).config
     longest = config.get("max_position_embeddings")
     length = block_length or DEFAULT_BLOCK_LENGTH
     if block_length is None and isinstance(longest, int):
         length = min(length, longest)
     params = ScoringParams.model_validate(
         {
-            "block_length": length,
-            "bos": bos,
             "device": device,
             "converter": converter,
             "model": model,
         }
     )
+    cut = Cut(length, layout=layout, stride=stride, bos=bos)
     corpus_params = CorpusParams.of(corpora)
     corpus = read_corpus(corpus_params, whole=True)
     documents = documents_of(corpus, split, corpus_params) if split else corpus.domains
     source = load_tokenizer(open_store(tokenizer or model or checkpoint))
     with tempfile.TemporaryDirectory() as folder:
-        name = _digest(corpus, source.digest, split, params)
-        built = packing.build(documents, source, digest=name, cut=params.cut)
+        name = _digest(corpus, source.digest, split, cut)
+        built = packing.build(documents, source, digest=name, cut=cut)
         blocks_module.save(built, Path(folder, "blocks"))
         records = Records(FolderStore(Path(folder, "records")))
         request = Request(
@@ -102,10 +104,10 @@ def score_once(
     )
 
 
-def _digest(corpus: Corpus, tokenizer: str, split: Split | None, params: ScoringParams) -> str:
+def _digest(corpus: Corpus, tokenizer: str, split: Split | None, cut: Cut) -> str:
     return block_digest(
         corpus=corpus.digest,
         tokenizer=tokenizer,
         split=split or "all",
-        cut=params.cut,
+        cut=cut,
     )

@@ -52,7 +52,7 @@ def test_an_unknown_key_is_told_with_its_nearest_neighbour(project: Project) -> 
     [
         ({"bucket": None}, 2, "no bucket: set `bucket`"),
         ({"bucket": "nowhere"}, 1, "nowhere: no such folder"),
-        ({"rule": {"name": "greedyy"}}, 2, "'greedyy' is unknown; there are best"),
+        ({"rule": {"name": "greedyy"}}, 2, "'greedyy' is unknown; there are auto, bayes"),
         ({"corpus": {}}, 2, "give corpus.domains"),
         ({"corpus": {"domains": {"a": {"path": "none.jsonl"}}}}, 2, "none.jsonl"),
         ({"window": {"size": 2, "minimum": 3}}, 2, "minimum 3 exceeds size 2"),

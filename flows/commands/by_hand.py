@@ -27,6 +27,12 @@ def score(
     block_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of context  [default: up to 1024]")
     ] = None,
+    layout: Annotated[
+        str, typer.Option(help="packed, or rolling as lm-evaluation-harness has it")
+    ] = "packed",
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that a packed block predicts  [default: all]")
+    ] = None,
     bos: Annotated[str, typer.Option(help="document: one before each document; or none")] = (
         "document"
     ),
@@ -43,6 +49,7 @@ def score(
     """Score one checkpoint on text files: loss, perplexity, bits per byte."""
     corpora = dict(_pair(item, "--corpus", "NAME=PATH") for item in corpus)
     _check_choice("--split", split, (None, "selection", "audit", "report"))
+    _check_choice("--layout", layout, ("packed", "rolling"))
     _check_choice("--bos", bos, ("document", "none"))
     _check_choice("--device", device, ("auto", "cpu", "cuda"))
     from ckptfuse.once import score_once
@@ -55,7 +62,9 @@ def score(
             split=split,  # type: ignore[arg-type]
             tokenizer=tokenizer,
             block_length=block_length,
-            bos=bos,
+            layout=layout,  # type: ignore[arg-type]
+            stride=stride,
+            bos=bos,  # type: ignore[arg-type]
             device=device,
             converter=converter,
             model=model,
