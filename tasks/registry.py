@@ -5,15 +5,17 @@ before it acts; under the workspace's lock that converges to one. Weights are ne
 local artifact store they are hard links, elsewhere one upload.
 """
 
+import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ckptfuse.errors import PublicationError
+from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.evaluation import evaluate
 from ckptfuse.gate import best_member
 from ckptfuse.notes import ENERGY, domain_energies
@@ -25,6 +27,7 @@ FUSION_TAG = "ckptfuse.fusion"
 _ROLE_TAG = "ckptfuse.role"
 _PARENT_TAG = "mlflow.parentRunId"
 _RUN_NAME_TAG = "mlflow.runName"
+_PLAN, _GATE = "plan.json", "gate.json"
 _MODEL_FOLDER = "model"  # where mlflow.transformers expects the weights beside its MLmodel
 
 
@@ -36,6 +39,17 @@ def tracking_uri(service: Service) -> str:
     """The tracking server, or a sqlite file in the workspace."""
     given = service.params.mlflow.tracking_uri or _GIVEN_URI
     return given or f"sqlite:///{service.workspace.root.resolve()}/mlflow.db"
+
+
+@contextmanager
+def registry_of(service: Service) -> Iterator["Registry"]:
+    """The registry; whatever MLflow, its database or the network raise is a PublicationError."""
+    try:
+        yield Registry(service)
+    except CkptfuseError:
+        raise
+    except Exception as error:
+        raise PublicationError(f"MLflow: {type(error).__name__}: {error}") from error
 
 
 class Registry:
@@ -160,7 +174,7 @@ class Registry:
             source=f"models:/{model_id}",
             run_id=run,
             model_id=model_id,
-            tags=_version_tags(decided, verdict, entry),
+            tags=version_tags(decided, verdict, entry),
             description=_description(decided, verdict),
         )
         return str(version.version)
@@ -173,6 +187,90 @@ class Registry:
 
     def set_alias(self, alias: str, version: str) -> None:
         self.client.set_registered_model_alias(self.name, alias, version)
+
+    def aliases(self) -> dict[str, str]:
+        """Alias -> version."""
+        found = self.client.search_registered_models(f"name = '{self.name}'")
+        return {name: str(v) for model in found for name, v in model.aliases.items()}
+
+    def version(self, version: str) -> Any | None:
+        """MLflow's ModelVersion; None when it is not there (any more)."""
+        found = self.client.search_model_versions(f"name = '{self.name}'")
+        return next((v for v in found if str(v.version) == version), None)
+
+    def missing(self, version: str, files: Mapping[str, int]) -> str | None:
+        """What a version lacks of its model's files (path -> size); None when it would load."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        found = self.version(version)
+        if found is None:
+            return "it is not registered any more"
+        listed = get_artifact_repository(self._location(found)).list_artifacts(_MODEL_FOLDER)
+        sizes = {str(f.path).removeprefix(f"{_MODEL_FOLDER}/"): f.file_size for f in listed}
+        for path, size in files.items():
+            if sizes.get(path) != size:
+                return f"its file {path} is not there at its {size:,} bytes"
+        return None
+
+    def _location(self, version: Any) -> str:
+        """Where the packaged model of a version lies."""
+        model = self.client.get_logged_model(str(version.source).removeprefix("models:/"))
+        return str(model.artifact_location)
+
+    def fusion_records(self, fusion: str) -> tuple[object, object] | None:
+        """The plan and the gate's verdict as a fusion's run holds them; None without a run."""
+        from mlflow.artifacts import download_artifacts
+
+        runs = self.client.search_runs([self.experiment_id], f"tags.`{FUSION_TAG}` = '{fusion}'")
+        if not runs:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            places = [f"{runs[0].info.artifact_uri}/{name}" for name in (_PLAN, _GATE)]
+            copies = [download_artifacts(artifact_uri=p, dst_path=folder) for p in places]
+            plan, gate = (json.loads(Path(copy).read_bytes()) for copy in copies)
+        return plan, gate
+
+    @contextmanager
+    def model_folder(self, version: Any) -> Iterator[Path]:
+        """The weights' folder of a version, where it lies or, from afar, as a copy for a while."""
+        from mlflow.artifacts import download_artifacts
+
+        location = self._location(version)
+        folder = local_folder(location)
+        if folder is not None:
+            yield folder / _MODEL_FOLDER
+            return
+        # Not in tmp/, which a writer sweeps.
+        with tempfile.TemporaryDirectory(dir=self.service.workspace.folder("cache")) as copies:
+            uri = f"{location}/{_MODEL_FOLDER}"
+            yield Path(download_artifacts(artifact_uri=uri, dst_path=copies))
+
+    # -- what is stored ----------------------------------------------------------------------
+
+    def artifacts(self, fusion: str) -> list[str]:
+        """URIs of the folders that hold a fusion's packaged model: one, or none any more."""
+        return [str(model.artifact_location) for model in self._logged_models(fusion)]
+
+    def delete(self, fusion: str) -> None:
+        """Delete a fusion's version and its files; raises PublicationError if it has an alias."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        version = self.find_version(fusion)
+        if version is not None:
+            held = sorted(a for a, at in self.aliases().items() if at == version)
+            if held:
+                raise PublicationError(f"version {version} has the alias {held[0]}; it stays")
+            self.client.delete_model_version(self.name, version)
+        for model in self._logged_models(fusion):
+            get_artifact_repository(model.artifact_location).delete_artifacts()
+            self.client.delete_logged_model(model.model_id)
+
+    def _logged_models(self, fusion: str) -> list[Any]:
+        return list(
+            self.client.search_logged_models(
+                [self.experiment_id], f"tags.`{FUSION_TAG}` = '{fusion}'"
+            )
+        )
 
     def _registered_model(self) -> None:
         if not self.client.search_registered_models(f"name = '{self.name}'"):
@@ -204,14 +302,12 @@ class Registry:
             metrics=[Metric(k, v, 0, decided.step) for k, v in values.items() if math.isfinite(v)],
             params=[Param(key, value) for key, value in params.items()],
         )
-        self.client.log_dict(run, decided.model_dump(mode="json"), "plan.json")
-        self.client.log_dict(run, verdict.model_dump(mode="json"), "gate.json")
+        self.client.log_dict(run, decided.model_dump(mode="json"), _PLAN)
+        self.client.log_dict(run, verdict.model_dump(mode="json"), _GATE)
 
     def _logged_model(self, run: str, decided: PlanRecord, fusion: FusionRecord) -> str:
         """The id of the model with its files in the artifact store; finished if it was begun."""
-        found = self.client.search_logged_models(
-            [self.experiment_id], f"tags.`{FUSION_TAG}` = '{decided.fusion}'"
-        )
+        found = self._logged_models(decided.fusion)
         model = (
             found[0]
             if found
@@ -232,13 +328,18 @@ class Registry:
 
     def _store(self, model: Any, packaged: Path) -> None:
         """Into the artifact store: by hard links where it is a folder of ours, else an upload."""
-        location = str(model.artifact_location)
-        if location.startswith("file://"):
-            link_tree(packaged, Path(location.removeprefix("file://")))
-        elif location.startswith("/"):
-            link_tree(packaged, Path(location))
+        folder = local_folder(str(model.artifact_location))
+        if folder is not None:
+            link_tree(packaged, folder)
         else:
             self.client.log_model_artifacts(model.model_id, str(packaged))
+
+
+def local_folder(location: str) -> Path | None:
+    """The folder that an artifact location names; None when it is no folder of this machine."""
+    if location.startswith("file://"):
+        return Path(location.removeprefix("file://"))
+    return Path(location) if location.startswith("/") else None
 
 
 def package(model: Path, target: Path) -> None:
@@ -279,7 +380,7 @@ def package(model: Path, target: Path) -> None:
         raise PublicationError(f"mlflow.transformers laid no model in {target / _MODEL_FOLDER}")
 
 
-def _version_tags(decided: PlanRecord, verdict: GateRecord, entry: LedgerEntry) -> dict[str, str]:
+def version_tags(decided: PlanRecord, verdict: GateRecord, entry: LedgerEntry) -> dict[str, str]:
     used = [member for member in decided.members if member.weight]
     tags = {
         FUSION_TAG: decided.fusion,

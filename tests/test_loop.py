@@ -122,6 +122,17 @@ def test_the_champion_loads_from_the_registry_in_a_fresh_process(finished: Proje
     assert "SERVED def f(" in done.stdout
 
 
+def test_the_weights_of_a_fusion_take_their_disk_blocks_once(finished: Project) -> None:
+    """In models/, MLflow's artifacts and DVC's cache together: hard links of one file."""
+    folders = [finished.workspace / f for f in ("models", "mlartifacts", "ledger/.dvc/cache")]
+    (size,) = {p.stat().st_size for p in folders[0].rglob("*.safetensors")}
+    weights = [p for f in folders for p in f.rglob("*") if p.is_file() and p.stat().st_size == size]
+    assert len(weights) == 5  # two fusions in each, less what is pruned from models/
+    told = subprocess.run(["du", "-cB1", *weights], capture_output=True, text=True, check=True)
+    taken = int(told.stdout.splitlines()[-1].split()[0])
+    assert taken <= 1.1 * size * len(finished.versions())
+
+
 def test_the_curves_in_mlflow_are_drawn_by_training_step(finished: Project) -> None:
     from mlflow import MlflowClient
 
