@@ -74,11 +74,14 @@ def follow_champion(service: Service, registry: Registry) -> bool:
     if present is None:
         return False
     version = registry.find_version(present.fusion)
-    if version is None:
-        raise PublicationError(
-            f"the champion of step {present.step} has no version any more in the registry; "
-            "`ckptfuse promote` chooses another"
+    if version is None:  # somebody deleted it in MLflow
+        log.warning(
+            "the champion of step %d has no version in the registry any more: "
+            "`ckptfuse promote` or `ckptfuse rollback` chooses another",
+            present.step,
         )
+        mark(service, _MARK, str(present.number))
+        return False
     behind = registry.aliases().get(CHAMPION) != version
     if behind:
         registry.set_alias(CHAMPION, version)

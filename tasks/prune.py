@@ -12,8 +12,16 @@ from tasks.log import log
 @task(cache_policy=NO_CACHE)
 def prune(service: Service) -> None:
     """Apply the policy; a registry that is down, or a wrong name in it, waits for the next run."""
+    for item in retention.prune_copies(service):
+        _tell(item)
+    if retention.is_settled(service):
+        return  # without loading MLflow
     try:
-        for item in retention.prune(service):
-            log.info("deleted %s (%.1f MB): %s", item.name, item.freed / 1e6, item.reason)
+        for item in retention.prune_published(service):
+            _tell(item)
     except CkptfuseError as error:
         log.warning("not all was deleted that retention does not keep: %s", error)
+
+
+def _tell(item: retention.Deleted) -> None:
+    log.info("deleted %s (%.1f MB): %s", item.name, item.freed / 1e6, item.reason)

@@ -14,6 +14,7 @@ from ckptfuse.records import (
     PublicationRecord,
 )
 from ckptfuse.service import Service
+from tasks import curves
 from tasks.aliases import follow_champion
 from tasks.ledger import LedgerEntry
 from tasks.log import log
@@ -45,6 +46,8 @@ def _publish(
     entry: LedgerEntry,
 ) -> PublicationRecord:
     service = registry.service
+    if registry.find_version(decided.fusion) is None:
+        curves.describe_fusion(registry, registry.fusion_run(decided), decided, verdict)
     version = registry.register(decided, verdict, fusion, entry)
     registry.set_alias("candidate", version)
     promotion = decide_promotion(service, decided)
@@ -76,7 +79,7 @@ def draw_curves(service: Service) -> None:
         return  # without loading MLflow
     try:
         with registry_of(service) as registry:
-            registry.draw_curves()
+            curves.draw_curves(registry)
         mark(service, "curves", seen)
     except CkptfuseError as error:
         log.warning("the curves in MLflow wait for the next run: %s", error)

@@ -105,6 +105,8 @@ def outlook(service: Service) -> Outlook:
     """What would go and stay now; changes nothing. Raises as ``why_kept`` and the registry do."""
     stale = stale_models(service)
     paths = {path for item in stale for path in _files(item.folder)}
+    if not publications(service):
+        return Outlook((), (), tuple(stale), freed_bytes(paths))
     with registry_of(service) as registry:
         kept, going = _sorted_out(service, registry)
         gone = _gone(service) | {record.tag for record in going}
@@ -113,19 +115,23 @@ def outlook(service: Service) -> Outlook:
     return Outlook(kept, going, tuple(stale), freed_bytes(paths))
 
 
-def prune(service: Service) -> Iterator[Deleted]:
-    """Delete all that would go, one after the other.
-
-    Each record comes first; a deletion that was killed is finished by the next call.
-    """
+def prune_copies(service: Service) -> Iterator[Deleted]:
+    """Delete the workspace's copies that nobody needs there, one after the other."""
     for item in stale_models(service):
         freed = freed_bytes(_files(item.folder))
         record = PruneRecord(fusion=item.fusion, folder=str(item.folder), reason=item.reason)
         service.records.put(item.fusion, record)
         remove_folder(item.folder)
         yield Deleted(f"the workspace's copy of {item.fusion[:12]}", item.reason, freed)
-    if not publications(service) or is_marked(service, _MARK, _state(service)):
-        return  # without loading MLflow
+
+
+def prune_published(service: Service) -> Iterator[Deleted]:
+    """Delete the published fusions that would go, one after the other.
+
+    Each record comes first; a deletion that was killed is finished by the next call.
+    """
+    if not publications(service):
+        return
     with registry_of(service) as registry:
         for published in _sorted_out(service, registry)[1]:
             service.records.put(published.fusion, _retirement(service, published))
@@ -135,6 +141,11 @@ def prune(service: Service) -> Iterator[Deleted]:
                 mark(service, f"{_MARK}-{retired.fusion}", _DONE)
                 yield Deleted(f"version {retired.version} ({retired.tag})", retired.reason, freed)
     mark(service, _MARK, _state(service))
+
+
+def is_settled(service: Service) -> bool:
+    """Whether nothing has changed, but for aliases, since all was deleted that had to go."""
+    return not publications(service) or is_marked(service, _MARK, _state(service))
 
 
 def _state(service: Service) -> str:

@@ -37,7 +37,7 @@ from tests.conftest import Project, Trajectory
 from tests.observing import observe
 
 _MLFLOW = (
-    "create_experiment", "create_run", "log_batch", "log_dict", "create_logged_model",
+    "create_experiment", "create_run", "log_batch", "log_dict", "log_text", "create_logged_model",
     "finalize_logged_model", "create_registered_model", "create_model_version", "set_terminated",
     "set_registered_model_alias",
 )  # fmt: skip

@@ -144,6 +144,20 @@ def test_the_curves_in_mlflow_are_drawn_by_training_step(finished: Project) -> N
     assert sorted(metric.step for metric in raw) == [420, 480, 540, 600, 660, 720]
     fused = client.get_metric_history(run.info.run_id, "loss.fusion")
     assert sorted(metric.step for metric in fused) == [600, 720]
+    by_domain = client.get_metric_history(run.info.run_id, "loss.raw.python")
+    assert sorted(metric.step for metric in by_domain) == [420, 480, 540, 600, 660, 720]
+    drawn = {item.path for item in client.list_artifacts(run.info.run_id, "figures")}
+    assert drawn == {"figures/losses.svg", "figures/weights.svg"}
+    for plan in finished.plans():
+        (own,) = client.search_runs(
+            [experiment.experiment_id], f"tags.`ckptfuse.fusion` = '{plan['fusion']}'"
+        )
+        weights = client.get_metric_history(own.info.run_id, "weight")
+        assert {m.step: m.value for m in weights} == {
+            m["step"]: m["weight"] for m in plan["members"]
+        }
+        (gains,) = client.list_artifacts(own.info.run_id, "figures")
+        assert gains.path == "figures/gain_by_domain.svg"
 
 
 def test_status_and_report_show_what_the_records_say(finished: Project) -> None:

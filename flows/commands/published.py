@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,7 +104,7 @@ def prune(
     with _writing(params) as service:
         from tasks import retention
 
-        for item in retention.prune(service):
+        for item in chain(retention.prune_copies(service), retention.prune_published(service)):
             freed += item.freed
             stdout.print(f"deleted {item.name}: {item.reason}", markup=False)
     stdout.print(f"{freed / 1e6:.1f} MB freed", markup=False)
