@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[
     str | None,
-    typer.Argument(metavar="[STEP|VERSION|FUSION|TAG]", help="v3 is a version; 3 a step or one"),
+    typer.Argument(metavar="STEP|VERSION|FUSION|TAG", help="v3 is a version; 3 a step or one"),
 ]
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 
