@@ -10,7 +10,9 @@ several threads and a ranged read can be checked against its leaf::
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from io import BufferedReader
+from pathlib import Path
 
 LEAF_SIZE = 8 * 1024 * 1024
 #: Names how content hashes are made.
@@ -43,6 +45,18 @@ def content_digest(data: bytes | bytearray | memoryview) -> str:
     view = memoryview(data)
     starts = range(0, len(view), LEAF_SIZE)
     return tree_digest(leaf_digest(view[start : start + LEAF_SIZE]) for start in starts)
+
+
+def file_content(path: Path) -> tuple[int, str]:
+    """Size and content hash of a local file, read leaf by leaf."""
+    buffer = memoryview(bytearray(LEAF_SIZE))
+
+    def leaves(file: BufferedReader) -> Iterator[bytes]:
+        while count := file.readinto(buffer):
+            yield leaf_digest(buffer[:count])
+
+    with path.open("rb") as file:
+        return path.stat().st_size, tree_digest(leaves(file))
 
 
 class TreeHasher:

@@ -214,6 +214,14 @@ class LedgerParams(Section):
     remote: str | None = None
 
 
+class RetentionParams(Section):
+    """Which published fusions stay; see ckptfuse/retention.py for those that always do."""
+
+    last: int | None = Field(default=None, ge=1)
+    every: int | None = Field(default=None, ge=1)
+    keep: tuple[str, ...] = ()
+
+
 class Params(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="CKPTFUSE_", env_nested_delimiter="__", extra="forbid", frozen=True
@@ -240,6 +248,7 @@ class Params(BaseSettings):
     reading: ReadingParams = ReadingParams()
     mlflow: MlflowParams = MlflowParams()
     ledger: LedgerParams = LedgerParams()
+    retention: RetentionParams = RetentionParams()
 
     @field_validator("trajectory")
     @classmethod

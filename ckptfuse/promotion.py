@@ -2,15 +2,32 @@
 
 from pathlib import Path
 
-from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord
+from ckptfuse.errors import ConfigurationError
+from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord, PublicationRecord
 from ckptfuse.service import Service, losses_of, target_loss
 from ckptfuse.steps.score import score_fusion
 
 
 def champion(service: Service) -> PromotionRecord | None:
     """The fusion that was promoted last; None before the first."""
+    promoted = _promotions(service)
+    return promoted[-1] if promoted else None
+
+
+def standing(service: Service) -> list[PromotionRecord]:
+    """The promotions that no rollback took back, oldest first; the last made the champion."""
+    left: list[PromotionRecord] = []
+    for record in _promotions(service):
+        if record.undoes is None:
+            left.append(record)
+        else:
+            left.pop()
+    return left
+
+
+def _promotions(service: Service) -> list[PromotionRecord]:
     promoted = [p for p in service.records.all(PromotionRecord).values() if p.promoted]
-    return max(promoted, key=lambda record: record.number, default=None)
+    return sorted(promoted, key=lambda record: record.number)
 
 
 def decide_promotion(service: Service, decided: PlanRecord) -> PromotionRecord:
@@ -22,7 +39,7 @@ def decide_promotion(service: Service, decided: PlanRecord) -> PromotionRecord:
     record = PromotionRecord(
         fusion=decided.fusion,
         step=decided.step,
-        number=len(service.records.all(PromotionRecord)) + 1,
+        number=_next_number(service),
         promoted=promoted,
         reason=reason,
     )
@@ -30,12 +47,65 @@ def decide_promotion(service: Service, decided: PlanRecord) -> PromotionRecord:
     return record
 
 
+def promote_by_hand(
+    service: Service, chosen: PublicationRecord, *, by: str, reason: str
+) -> PromotionRecord:
+    """Make a published fusion the champion; the present record when it is that already.
+
+    Fusions to come are compared with it, as with any champion.
+    """
+    present = champion(service)
+    if present is not None and present.fusion == chosen.fusion:
+        return present
+    return _put_by_hand(service, chosen, by=by, reason=reason, undoes=None)
+
+
+def rollback_by_hand(
+    service: Service, target: PublicationRecord, *, by: str, reason: str
+) -> PromotionRecord:
+    """Take the last promotion back; ``target`` is what ``rollback_target`` answered."""
+    return _put_by_hand(service, target, by=by, reason=reason, undoes=standing(service)[-1].number)
+
+
+def rollback_target(service: Service) -> str:
+    """The fusion that was champion before; raises ConfigurationError when there was none."""
+    left = standing(service)
+    if len(left) < 2:
+        raise ConfigurationError("there was no other champion before; nothing to roll back to")
+    return left[-2].fusion
+
+
+def _put_by_hand(
+    service: Service, chosen: PublicationRecord, *, by: str, reason: str, undoes: int | None
+) -> PromotionRecord:
+    number = _next_number(service)
+    record = PromotionRecord(
+        fusion=chosen.fusion,
+        step=chosen.step,
+        number=number,
+        promoted=True,
+        reason=reason,
+        by=by,
+        undoes=undoes,
+    )
+    service.records.put(f"by-hand-{number}", record)
+    return record
+
+
+def _next_number(service: Service) -> int:
+    return len(service.records.all(PromotionRecord)) + 1
+
+
 def _judge(service: Service, decided: PlanRecord) -> tuple[bool, str]:
     present = champion(service)
     if present is None:
         return True, "the first published fusion"
     name = f"the champion of step {present.step}"
+    if present.by is not None:
+        name += f" (by hand: {present.by})"
     present_loss = _audit_loss(service, present.fusion, decided.tokenizer)
+    if present_loss is None and present.by is not None:
+        return False, f"{name} can no longer be scored on the present audit text; it stays"
     if present_loss is None:
         return True, f"{name} can no longer be scored on the present audit text"
     own = losses_of(service, decided.fusion, decided.tokenizer, "audit")

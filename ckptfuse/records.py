@@ -207,7 +207,10 @@ class GateRecord(Record):
 
 
 class PromotionRecord(Record):
-    """Whether a published fusion became the champion, and why; keyed by the fusion id."""
+    """Whether a published fusion became the champion, and why.
+
+    The service's own decisions are keyed by the fusion id, those by hand by their number.
+    """
 
     kind: ClassVar = "promotion"
     fusion: str
@@ -215,6 +218,8 @@ class PromotionRecord(Record):
     number: int  # of this decision in the trajectory; the champion is the last one promoted
     promoted: bool
     reason: str
+    by: str | None = None  # who decided by hand, user@host; None: the service
+    undoes: int | None = None  # the promotion that a rollback takes back
 
 
 class PublicationRecord(Record):
@@ -259,6 +264,20 @@ class PruneRecord(Record):
     kind: ClassVar = "prune"
     fusion: str
     folder: str
+    reason: str
+
+
+class RetirementRecord(Record):
+    """A published fusion that retention deletes from registry and DVC cache, and why.
+
+    Keyed by the fusion id; written before anything is deleted. Its tag, commit and run stay.
+    """
+
+    kind: ClassVar = "retirement"
+    fusion: str
+    step: int
+    tag: str
+    version: str
     reason: str
 
 

@@ -4,6 +4,7 @@ It holds, for each split, the score record's JSON and its arrays, so that the re
 workspace can be filled from it.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from ckptfuse.corpus import SPLITS
 from ckptfuse.errors import RecordError
-from ckptfuse.records import Records, ScoreRecord
+from ckptfuse.records import Arrays, Records, ScoreRecord
 from ckptfuse.scoring import Scorer
 
 
@@ -35,6 +36,12 @@ def export_scores(scorer: Scorer, model_id: str, tokenizer: str, path: Path) -> 
 
 def import_scores(records: Records, path: Path) -> None:
     """Put the records of ``export_scores`` into another records store."""
+    for key, record, arrays in read_scores(path):
+        records.put(key, record, arrays)
+
+
+def read_scores(path: Path) -> Iterator[tuple[str, ScoreRecord, Arrays]]:
+    """What ``export_scores`` wrote: the key, record and arrays of each split."""
     with np.load(path, allow_pickle=False) as loaded:
         for split in SPLITS:
             record = ScoreRecord.model_validate_json(str(loaded[f"{split}/record"]))
@@ -44,4 +51,4 @@ def import_scores(records: Records, path: Path) -> None:
                 for name in loaded.files
                 if name.startswith(prefix) and name not in (f"{split}/key", f"{split}/record")
             }
-            records.put(str(loaded[f"{split}/key"]), record, arrays)
+            yield str(loaded[f"{split}/key"]), record, arrays

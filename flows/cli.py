@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from ckptfuse.errors import CkptfuseError
-from flows.commands import by_hand, service, stages
+from flows.commands import by_hand, published, service, stages
 from flows.commands.console import stderr
 
 app = typer.Typer(
@@ -25,6 +25,10 @@ app.command()(service.fuse)
 app.command()(service.backfill)
 app.command()(service.status)
 app.command()(service.report)
+app.command()(published.promote)
+app.command()(published.rollback)
+app.command()(published.verify)
+app.command()(published.prune)
 app.command()(by_hand.score)
 app.command()(by_hand.corpus)
 app.command()(by_hand.merge)

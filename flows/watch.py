@@ -18,6 +18,7 @@ from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import load_state
 from flows.environment import prepare
 from flows.fuse import fuse, publish_window
+from tasks.aliases import settle_champion
 from tasks.discover import discover, plan_actions, quarantine, skip, survey_corpus
 from tasks.log import log
 from tasks.prune import prune
@@ -71,6 +72,7 @@ def _look(service: Service, params_file: str, live: bool) -> Summary:
         summary.delayed = str(error)
         log.warning("publication waits for the next run: %s", error)
     # Whatever this look did: the one before may have been killed on its way here.
+    settle_champion(service)
     draw_curves(service)
     prune(service)
     return summary

@@ -106,7 +106,8 @@ class Ledger:
         self.dvc("init")
         self.dvc("config", "core.analytics", "false")
         self.dvc("config", "core.autostage", "false")
-        self.dvc("config", "cache.type", "reflink,hardlink,copy")
+        # With any other type first DVC copies what it commits, where reflinks are missing.
+        self.dvc("config", "cache.type", "hardlink,copy")
         (self.folder / ".gitignore").write_text(_IGNORED)
         self.git("add", "--all")
         self.git("commit", "--quiet", "--message", "A ledger of fusions")
@@ -115,10 +116,20 @@ class Ledger:
         """The entry of a tag; None when it was not made yet."""
         if not self.git("tag", "--list", tag):
             return None
-        lock = yaml.safe_load(self.git("show", f"{tag}:dvc.lock"))
-        (model,) = (out for out in lock["stages"]["fuse"]["outs"] if out["path"] == "model")
         commit = self.git("rev-list", "-n", "1", tag)
-        return LedgerEntry(tag, commit, str(model["md5"]))
+        return LedgerEntry(tag, commit, self.outputs(commit)[str(stages.MODEL)])
+
+    def outputs(self, commit: str) -> dict[str, str]:
+        """What DVC holds of a commit (or tag): path -> DVC's hash."""
+        lock = yaml.safe_load(self.git("show", f"{commit}:dvc.lock"))
+        corpus = yaml.safe_load(self.git("show", f"{commit}:corpus.dvc"))
+        outs = [out for stage in lock["stages"].values() for out in stage["outs"]]
+        in_git = {str(stages.METRICS), str(stages.LOSSES)}
+        return {
+            str(out["path"]): str(out["md5"])
+            for out in [*outs, *corpus["outs"]]
+            if out["path"] not in in_git
+        }
 
     # -- one fusion ------------------------------------------------------------------------
 

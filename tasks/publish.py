@@ -4,7 +4,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.digests import digest
-from ckptfuse.errors import CkptfuseError, PublicationError
+from ckptfuse.errors import CkptfuseError
 from ckptfuse.promotion import decide_promotion
 from ckptfuse.records import (
     CheckpointRecord,
@@ -14,9 +14,12 @@ from ckptfuse.records import (
     PublicationRecord,
 )
 from ckptfuse.service import Service
+from tasks import curves
+from tasks.aliases import follow_champion
 from tasks.ledger import LedgerEntry
 from tasks.log import log
-from tasks.registry import Registry
+from tasks.marks import is_marked, mark
+from tasks.registry import Registry, registry_of
 
 
 @task(cache_policy=NO_CACHE, task_run_name="register step {decided.step}")
@@ -31,27 +34,24 @@ def publish(
 
     Raises PublicationError when MLflow cannot be reached or refuses; nothing is lost.
     """
-    try:
-        return _publish(service, decided, verdict, fusion, entry)
-    except CkptfuseError:
-        raise
-    except Exception as error:
-        raise PublicationError(f"MLflow: {type(error).__name__}: {error}") from error
+    with registry_of(service) as registry:
+        return _publish(registry, decided, verdict, fusion, entry)
 
 
 def _publish(
-    service: Service,
+    registry: Registry,
     decided: PlanRecord,
     verdict: GateRecord,
     fusion: FusionRecord,
     entry: LedgerEntry,
 ) -> PublicationRecord:
-    registry = Registry(service)
+    service = registry.service
+    if registry.find_version(decided.fusion) is None:
+        curves.describe_fusion(registry, registry.fusion_run(decided), decided, verdict)
     version = registry.register(decided, verdict, fusion, entry)
     registry.set_alias("candidate", version)
     promotion = decide_promotion(service, decided)
-    if promotion.promoted:
-        registry.set_alias("champion", version)
+    follow_champion(service, registry)  # another one, if a person has promoted it meanwhile
     kind = "champion" if promotion.promoted else "candidate"
     log.info("step %d is version %s, %s: %s", decided.step, version, kind, promotion.reason)
     record = PublicationRecord(
@@ -75,11 +75,11 @@ def draw_curves(service: Service) -> None:
     seen = digest(
         [sorted(service.records.all(k)) for k in (CheckpointRecord, PlanRecord, GateRecord)]
     )
-    marker = service.workspace.folder("cache") / "curves"
-    if marker.is_file() and marker.read_text() == seen:
+    if is_marked(service, "curves", seen):
         return  # without loading MLflow
     try:
-        Registry(service).draw_curves()
-        marker.write_text(seen)
-    except Exception as error:  # any of MLflow's, its database's or the network's
+        with registry_of(service) as registry:
+            curves.draw_curves(registry)
+        mark(service, "curves", seen)
+    except CkptfuseError as error:
         log.warning("the curves in MLflow wait for the next run: %s", error)

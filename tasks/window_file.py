@@ -90,7 +90,7 @@ class WindowFile(BaseModel):
         (folder / WINDOW_FILE).write_text(text)
 
 
-def item_uri(item: PinnedCheckpoint) -> str:
+def item_uri(item: PinnedCheckpoint | Member) -> str:
     """Where the checkpoint lies now: ``CKPTFUSE_BUCKET`` stands in for a bucket that moved."""
     bucket = os.environ.get("CKPTFUSE_BUCKET")
     return f"{bucket.rstrip('/')}/{item.name}" if bucket else item.uri
@@ -102,7 +102,12 @@ def read_window_file(folder: Path) -> WindowFile:
         raise ConfigurationError(
             f"{path}: no such file; stages run in a ledger, at the tag of a fusion"
         )
+    return parse_window_file(path.read_text(), str(path))
+
+
+def parse_window_file(text: str, name: str) -> WindowFile:
+    """The values of a ``window.yaml``; ``name`` says in an error which one it is."""
     try:
-        return WindowFile.model_validate(yaml.safe_load(path.read_text()))
+        return WindowFile.model_validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError) as error:
-        raise ConfigurationError(f"{path}: {error}") from error
+        raise ConfigurationError(f"{name}: {error}") from error

@@ -29,15 +29,15 @@ from mlflow import MlflowClient
 import ckptfuse.merge.folder
 import ckptfuse.scoring
 import tasks.ledger
-import tasks.prune
 import tasks.registry
+import tasks.retention
 from ckptfuse.records import Records
 from flows.watch import watch
 from tests.conftest import Project, Trajectory
 from tests.observing import observe
 
 _MLFLOW = (
-    "create_experiment", "create_run", "log_batch", "log_dict", "create_logged_model",
+    "create_experiment", "create_run", "log_batch", "log_dict", "log_text", "create_logged_model",
     "finalize_logged_model", "create_registered_model", "create_model_version", "set_terminated",
     "set_registered_model_alias",
 )  # fmt: skip
@@ -79,7 +79,7 @@ class Killer:
         self.wrap(tasks.ledger.Ledger, "_run", lambda _, command: _words(command))
         self.wrap(tasks.ledger, "link_tree", lambda *_: "weights linked into the ledger")
         self.wrap(tasks.registry, "link_tree", lambda *_: "weights linked into the registry")
-        self.wrap(tasks.prune, "remove_folder", lambda *_: "weights pruned")
+        self.wrap(tasks.retention, "remove_folder", lambda *_: "weights pruned")
         for method in _MLFLOW:
             self.wrap(MlflowClient, method, lambda *a, m=method, **_: _mlflow(m, *a))
 

@@ -122,6 +122,17 @@ def test_the_champion_loads_from_the_registry_in_a_fresh_process(finished: Proje
     assert "SERVED def f(" in done.stdout
 
 
+def test_the_weights_of_a_fusion_take_their_disk_blocks_once(finished: Project) -> None:
+    """In models/, MLflow's artifacts and DVC's cache together: hard links of one file."""
+    folders = [finished.workspace / f for f in ("models", "mlartifacts", "ledger/.dvc/cache")]
+    (size,) = {p.stat().st_size for p in folders[0].rglob("*.safetensors")}
+    weights = [p for f in folders for p in f.rglob("*") if p.is_file() and p.stat().st_size == size]
+    assert len(weights) == 5  # two fusions in each, less what is pruned from models/
+    told = subprocess.run(["du", "-cB1", *weights], capture_output=True, text=True, check=True)
+    taken = int(told.stdout.splitlines()[-1].split()[0])
+    assert taken <= 1.1 * size * len(finished.versions())
+
+
 def test_the_curves_in_mlflow_are_drawn_by_training_step(finished: Project) -> None:
     from mlflow import MlflowClient
 
@@ -133,6 +144,20 @@ def test_the_curves_in_mlflow_are_drawn_by_training_step(finished: Project) -> N
     assert sorted(metric.step for metric in raw) == [420, 480, 540, 600, 660, 720]
     fused = client.get_metric_history(run.info.run_id, "loss.fusion")
     assert sorted(metric.step for metric in fused) == [600, 720]
+    by_domain = client.get_metric_history(run.info.run_id, "loss.raw.python")
+    assert sorted(metric.step for metric in by_domain) == [420, 480, 540, 600, 660, 720]
+    drawn = {item.path for item in client.list_artifacts(run.info.run_id, "figures")}
+    assert drawn == {"figures/losses.svg", "figures/weights.svg"}
+    for plan in finished.plans():
+        (own,) = client.search_runs(
+            [experiment.experiment_id], f"tags.`ckptfuse.fusion` = '{plan['fusion']}'"
+        )
+        weights = client.get_metric_history(own.info.run_id, "weight")
+        assert {m.step: m.value for m in weights} == {
+            m["step"]: m["weight"] for m in plan["members"]
+        }
+        (gains,) = client.list_artifacts(own.info.run_id, "figures")
+        assert gains.path == "figures/gain_by_domain.svg"
 
 
 def test_status_and_report_show_what_the_records_say(finished: Project) -> None:

@@ -23,7 +23,7 @@ ParamsOption = Annotated[
 DECLINED = 3
 
 
-def _load(params: Path | None) -> tuple["Params", str]:
+def load(params: Path | None) -> tuple["Params", str]:
     """The parameters and their file, with the environment ready for Prefect and MLflow."""
     from ckptfuse.params import PARAMS_FILE, load_params
     from flows.environment import prepare
@@ -47,7 +47,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
 ) -> None:
     """Watch the bucket: score, fuse, prove, version and register what is new."""
-    loaded, file = _load(params)
+    loaded, file = load(params)
     _preflight(loaded)
     _log_to_stderr()
     stderr.print("starting (the first look takes a few seconds: Prefect's server starts)")
@@ -128,7 +128,7 @@ def fuse(
     ] = None,
 ) -> None:
     """Fuse one window of checkpoints that are scored already."""
-    loaded, file = _load(params)
+    loaded, file = load(params)
     _preflight(loaded)
     _log_to_stderr()
     from flows.fuse import fuse_step
@@ -141,7 +141,7 @@ def fuse(
 
 def backfill(params: ParamsOption = None) -> None:
     """Replay a finished trajectory: fuse and judge every window, oldest first."""
-    loaded, file = _load(params)
+    loaded, file = load(params)
     _preflight(loaded)
     _log_to_stderr()
     from flows.backfill import backfill as backfill_flow
@@ -151,7 +151,7 @@ def backfill(params: ParamsOption = None) -> None:
 
 def status(params: ParamsOption = None) -> None:
     """Show what is known of the trajectory: checkpoints, fusions, verdicts."""
-    loaded, _ = _load(params)
+    loaded, _ = load(params)
     from ckptfuse.corpus.survey import near_duplicates_of
     from ckptfuse.overview import overview
     from ckptfuse.service import open_service
@@ -169,7 +169,7 @@ def status(params: ParamsOption = None) -> None:
 
 def report(params: ParamsOption = None) -> None:
     """Write the report page and print its path."""
-    loaded, _ = _load(params)
+    loaded, _ = load(params)
     from ckptfuse.report.page import write_report
     from ckptfuse.service import open_service
 

@@ -1,0 +1,48 @@
+"""Which published fusion a person means: by tag, step, version or the beginning of its id."""
+
+from ckptfuse.errors import ConfigurationError
+from ckptfuse.records import GateRecord, PublicationRecord
+from ckptfuse.service import Service
+
+_SHORTEST_ID = 6
+_SHOWN = 8
+
+
+def publications(service: Service) -> list[PublicationRecord]:
+    """All that was ever published, one of each fusion, in the order of versions."""
+    found = {r.fusion: r for r in service.records.all(PublicationRecord).values()}
+    return sorted(found.values(), key=lambda record: int(record.version))
+
+
+def find_publication(service: Service, name: str) -> PublicationRecord:
+    """The published fusion called ``name``: a tag, ``v3``, a number, or an id's beginning.
+
+    A bare number is a step or a version. Raises ConfigurationError when nothing published is
+    called so, or more than one fusion.
+    """
+    known = publications(service)
+    found = [record for record in known if _is_called(record, name)]
+    if len(found) == 1:
+        return found[0]
+    shown = (found or known)[-_SHOWN:]
+    listed = ", ".join(f"v{r.version} ({r.tag})" for r in shown) or "none yet"
+    if found:
+        raise ConfigurationError(f"{name!r} may be any of {listed}; say which by its tag")
+    declined = _declined(service, name)
+    raise ConfigurationError(f"{name!r} was never published{declined}; published last: {listed}")
+
+
+def _is_called(record: PublicationRecord, name: str) -> bool:
+    if name in (record.tag, record.fusion, f"v{record.version}", record.version, str(record.step)):
+        return True
+    return len(name) >= _SHORTEST_ID and record.fusion.startswith(name)
+
+
+def _declined(service: Service, name: str) -> str:
+    """What the gate said against it, if that is why."""
+    said = [
+        gate.reason
+        for gate in service.records.all(GateRecord).values()
+        if gate.verdict == "declined" and name in (str(gate.step), gate.fusion, gate.fusion[:12])
+    ]
+    return f" (declined: {said[0]})" if said else ""

@@ -1,0 +1,103 @@
+"""The champion: by the records, and by the alias in MLflow, which follows them.
+
+A promotion is a record first; the alias moves last. Whoever finds it behind the record moves it:
+the next promotion, or the next look.
+"""
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from ckptfuse.errors import PublicationError
+from ckptfuse.promotion import champion, promote_by_hand, rollback_by_hand, rollback_target
+from ckptfuse.published import find_publication
+from ckptfuse.records import (
+    FusionRecord,
+    PromotionRecord,
+    PublicationRecord,
+    RetirementRecord,
+)
+from ckptfuse.service import Service
+from tasks.log import log
+from tasks.marks import is_marked, mark
+from tasks.registry import Registry, registry_of
+
+CHAMPION = "champion"
+_MARK = "champion"
+
+
+def promote(
+    service: Service, chosen: PublicationRecord, *, by: str, reason: str
+) -> PromotionRecord:
+    """Make a published fusion the champion, by hand; again, it finds what is done.
+
+    Raises PublicationError when its version cannot be loaded, or MLflow not be reached.
+    """
+    with registry_of(service) as registry:
+        check_loadable(service, registry, chosen)
+        record = promote_by_hand(service, chosen, by=by, reason=reason)
+        follow_champion(service, registry)
+    return record
+
+
+def rollback(service: Service, *, by: str, reason: str) -> PromotionRecord:
+    """Return to the champion before; one that was killed before the alias moved is finished first.
+
+    Raises ConfigurationError when there was none before, PublicationError as ``promote`` does.
+    """
+    with registry_of(service) as registry:
+        present = champion(service)
+        if follow_champion(service, registry) and present is not None and present.undoes:
+            return present
+        target = find_publication(service, rollback_target(service))
+        check_loadable(service, registry, target)
+        record = rollback_by_hand(service, target, by=by, reason=reason)
+        follow_champion(service, registry)
+    return record
+
+
+def check_loadable(service: Service, registry: Registry, chosen: PublicationRecord) -> None:
+    """Raise PublicationError unless the version is registered with all files of its model."""
+    name = f"version {chosen.version} ({chosen.tag})"
+    retired = service.records.get(RetirementRecord, chosen.fusion)
+    if retired is not None:
+        raise PublicationError(f"{name} was deleted by retention: {retired.reason}")
+    fusion = service.records.get(FusionRecord, chosen.fusion)
+    files = {path: size for path, (size, _) in fusion.files.items()} if fusion else {}
+    missing = registry.missing(chosen.version, files)
+    if missing is not None:
+        raise PublicationError(f"{name} of {chosen.model_name} would not load: {missing}")
+
+
+def follow_champion(service: Service, registry: Registry) -> bool:
+    """Move the alias to the champion of the records; whether it was elsewhere."""
+    present = champion(service)
+    if present is None:
+        return False
+    version = registry.find_version(present.fusion)
+    if version is None:  # somebody deleted it in MLflow
+        log.warning(
+            "the champion of step %d has no version in the registry any more: "
+            "`ckptfuse promote` or `ckptfuse rollback` chooses another",
+            present.step,
+        )
+        mark(service, _MARK, str(present.number))
+        return False
+    behind = registry.aliases().get(CHAMPION) != version
+    if behind:
+        registry.set_alias(CHAMPION, version)
+    mark(service, _MARK, str(present.number))
+    return behind
+
+
+@task(cache_policy=NO_CACHE)
+def settle_champion(service: Service) -> None:
+    """Move an alias that a killed promotion left behind; a registry that is down waits."""
+    present = champion(service)
+    if present is None or is_marked(service, _MARK, str(present.number)):
+        return  # without loading MLflow
+    try:
+        with registry_of(service) as registry:
+            if follow_champion(service, registry):
+                log.info("the alias champion now points to step %d", present.step)
+    except PublicationError as error:
+        log.warning("the alias champion waits for the next run: %s", error)

@@ -1,0 +1,70 @@
+"""Links through MLflow: the version's tags, the run's copies of the records, the packaged model."""
+
+from typing import Any
+
+from ckptfuse.digests import file_content
+from ckptfuse.records import GateRecord, PlanRecord, Record
+from tasks.chain.evidence import (
+    Evidence,
+    Gone,
+    broken,
+    require_contents,
+    require_same,
+    sizes,
+)
+from tasks.ledger import LedgerEntry
+from tasks.registry import Registry, version_tags
+
+
+class RegistryLinks:
+    def __init__(self, evidence: Evidence, registry: Registry) -> None:
+        self.evidence = evidence
+        self.registry = registry
+
+    def version(self) -> str:
+        """Its tags are what the records give."""
+        evidence, published = self.evidence, self.evidence.published
+        evidence.require_weights()
+        entry = LedgerEntry(published.tag, published.commit, published.weights_hash)
+        expected = version_tags(evidence.plan, evidence.gate, entry)
+        found = self._version().tags
+        # A release before may have set fewer tags.
+        held = {tag: value for tag, value in expected.items() if tag in found}
+        require_same(found, held, "what the version's tags and the records say")
+        return f"{published.model_name} version {published.version} has the tags of the records"
+
+    def run(self) -> str:
+        """The plan and the verdict are those of the time when the version was made."""
+        found = self.registry.fusion_records(self.evidence.published.fusion)
+        if found is None:
+            raise Gone("its run was deleted from MLflow")
+        plan, gate = found
+        _require_same_record(PlanRecord.model_validate(plan), self.evidence.plan)
+        _require_same_record(GateRecord.model_validate(gate), self.evidence.gate)
+        return "plan.json and gate.json are the records"
+
+    def packaged(self) -> str:
+        """The files that consumers load are those that fusion.json names, and itself."""
+        self.evidence.require_weights()
+        version = self._version()
+        with self.registry.model_folder(version) as folder:
+            found = {
+                path.relative_to(folder).as_posix(): file_content(path)
+                for path in folder.rglob("*")
+                if path.is_file()
+            }
+        require_contents(found, self.evidence.fusion.files, f"version {version.version}")
+        return f"{sizes(found)} of the registered model have the hashes of fusion.json"
+
+    def _version(self) -> Any:
+        published = self.evidence.published
+        found = self.registry.version(published.version)
+        if found is None:
+            broken(f"{published.model_name} has no version {published.version} (any more)")
+        return found
+
+
+def _require_same_record(logged: Record, record: Record) -> None:
+    require_same(
+        record.model_dump(mode="json"), logged.model_dump(mode="json"), f"the {record.kind} record"
+    )

@@ -1,0 +1,62 @@
+"""The packaged model: what MLflow loads, around weights that are linked and never copied."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from ckptfuse.errors import PublicationError
+
+#: Where mlflow.transformers expects the weights beside its MLmodel.
+MODEL_FOLDER = "model"
+
+
+def package(model: Path, target: Path) -> None:
+    """An MLflow model folder around ``model``'s weights, which are linked and never loaded."""
+    import mlflow.transformers
+    import torch
+    import transformers
+    from huggingface_hub import ModelCard
+    from mlflow.models import Model
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types.schema import ColSpec, Schema
+
+    weights = {path for path in model.iterdir() if path.suffix == ".safetensors"}
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        for path in set(model.iterdir()) - weights:
+            os.link(path, Path(folder, path.name))
+        text = Schema([ColSpec("string")])
+        mlflow.transformers.save_model(
+            folder,
+            str(target),
+            task="text-generation",
+            model_card=ModelCard((model / "README.md").read_text()),
+            signature=ModelSignature(inputs=text, outputs=text),
+            pip_requirements=[
+                f"mlflow=={mlflow.__version__}",
+                f"torch=={torch.__version__.partition('+')[0]}",
+                f"transformers=={transformers.__version__}",
+            ],
+        )
+    for path in weights:
+        os.link(path, target / MODEL_FOLDER / path.name)
+    # MLflow's note that it found no licence, with the path of our temporary folder.
+    (target / "LICENSE.txt").unlink(missing_ok=True)
+    described = Model.load(str(target))
+    described.model_size_bytes = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    described.save(str(target / "MLmodel"))
+    if not (target / MODEL_FOLDER / "config.json").is_file():
+        raise PublicationError(f"mlflow.transformers laid no model in {target / MODEL_FOLDER}")
+
+
+def library_tags() -> dict[str, str]:
+    """The versions of what made and packaged a model, by name."""
+    import mlflow
+    import safetensors
+    import torch
+    import transformers
+
+    from ckptfuse import __version__
+
+    libraries = (mlflow, safetensors, torch, transformers)
+    versions = {"ckptfuse": __version__, **{m.__name__: m.__version__ for m in libraries}}
+    return {"ckptfuse.libraries": ", ".join(f"{n} {v}" for n, v in versions.items())}
