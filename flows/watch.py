@@ -21,7 +21,7 @@ from flows.fuse import fuse, publish_window
 from tasks.discover import discover, plan_actions, quarantine, skip, survey_corpus
 from tasks.log import log
 from tasks.prune import prune
-from tasks.publish import draw_curves
+from tasks.publish import draw_curves, promote_waiting
 from tasks.score import score_checkpoints
 
 
@@ -71,6 +71,7 @@ def _look(service: Service, params_file: str, live: bool) -> Summary:
         summary.delayed = str(error)
         log.warning("publication waits for the next run: %s", error)
     # Whatever this look did: the one before may have been killed on its way here.
+    promote_waiting(service)
     draw_curves(service)
     prune(service)
     return summary

@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from ckptfuse.promotion import champion
+from ckptfuse.promotion import champion, waiting
 from ckptfuse.records import (
     FusionRecord,
     GateRecord,
@@ -22,13 +22,13 @@ from tasks.log import log
 def prune(service: Service) -> None:
     """Delete declined fusions, those whose weights were corrected, and published ones but two.
 
-    The champion and the newest stay.
+    The champion, the newest and those that wait for their veto stay.
     """
     records = service.records
     published = {p.fusion: p for p in records.all(PublicationRecord).values()}
     declined = {g.fusion: g for g in records.all(GateRecord).values() if g.verdict == "declined"}
     present = champion(service)
-    keep = {present.fusion} if present else set()
+    keep = {record.fusion for record in waiting(service)} | ({present.fusion} if present else set())
     if published:
         keep.add(max(published.values(), key=lambda p: int(p.version)).fusion)
     corrected = _corrected(service)

@@ -1,16 +1,19 @@
 """MLflow: register a fusion, decide on the champion, move the aliases last."""
 
+from pathlib import Path
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.digests import digest
 from ckptfuse.errors import CkptfuseError, PublicationError
-from ckptfuse.promotion import decide_promotion
+from ckptfuse.promotion import champion, decide_promotion, settle
 from ckptfuse.records import (
     CheckpointRecord,
     FusionRecord,
     GateRecord,
     PlanRecord,
+    PromotionRecord,
     PublicationRecord,
 )
 from ckptfuse.service import Service
@@ -50,10 +53,10 @@ def _publish(
     version = registry.register(decided, verdict, fusion, entry)
     registry.set_alias("candidate", version)
     promotion = decide_promotion(service, decided)
-    if promotion.promoted:
+    if promotion is not None and promotion.promoted:
         registry.set_alias("champion", version)
-    kind = "champion" if promotion.promoted else "candidate"
-    log.info("step %d is version %s, %s: %s", decided.step, version, kind, promotion.reason)
+        _alias_marker(service).write_text(decided.fusion)
+    _tell(decided.step, version, promotion)
     record = PublicationRecord(
         fusion=decided.fusion,
         window=decided.window,
@@ -63,10 +66,40 @@ def _publish(
         weights_hash=entry.weights_hash,
         model_name=registry.name,
         version=version,
-        champion=promotion.promoted,
     )
     service.records.put(decided.window, record)
     return record
+
+
+def _tell(step: int, version: str, promotion: PromotionRecord | None) -> None:
+    if promotion is None:
+        log.info("step %d is version %s, candidate: `ckptfuse veto` is next", step, version)
+        return
+    kind = "champion" if promotion.promoted else "candidate"
+    log.info("step %d is version %s, %s: %s", step, version, kind, promotion.reason)
+
+
+def _alias_marker(service: Service) -> Path:
+    """Holds the fusion that the alias ``champion`` was last moved to."""
+    return service.workspace.folder("cache") / "champion"
+
+
+@task(cache_policy=NO_CACHE)
+def promote_waiting(service: Service) -> None:
+    """Decide on candidates whose veto was heard since, and bring the alias up to the records."""
+    versions = {p.fusion: p.version for p in service.records.all(PublicationRecord).values()}
+    for promotion in settle(service):
+        _tell(promotion.step, versions[promotion.fusion], promotion)
+    present, marker = champion(service), _alias_marker(service)
+    if present is None or present.fusion not in versions:
+        return  # its publication moves the alias
+    if marker.is_file() and marker.read_text() == present.fusion:
+        return  # without loading MLflow
+    try:
+        Registry(service).set_alias("champion", versions[present.fusion])
+        marker.write_text(present.fusion)
+    except Exception as error:  # any of MLflow's, its database's or the network's
+        log.warning("the alias champion in MLflow waits for the next run: %s", error)
 
 
 @task(cache_policy=NO_CACHE)
