@@ -219,10 +219,11 @@ def _objections(comparison: Comparison, share: Share, params: GateParams) -> lis
             f"lower bound {bound:+.4f}, {params.minimum_gain:g} needed"
         )
     for name, found in comparison.domains.items():
-        error = found.standard_error or 0.0
-        if -found.gain - 2 * error > params.domain_tolerance:
+        loss, error = -found.gain, found.standard_error or 0.0
+        if loss - 2 * error > params.domain_tolerance:
+            known = f" +- {error:.4f}" if error >= 5e-5 else ""
             objections.append(
-                f"domain {name!r} is {-found.gain:.4f} nats worse than {_name(comparison)}"
-                f"{f', standard error {error:.4f}' if error else ''}, {params.domain_tolerance:g} tolerated"
+                f"domain {name!r} is {loss:.4f}{known} nats worse than {_name(comparison)}, "
+                f"{params.domain_tolerance:g} tolerated"
             )
     return objections
