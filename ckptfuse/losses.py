@@ -74,6 +74,13 @@ class Losses:
         difference = self.nll - other.nll
         return {name: self._estimate(difference, name) for name in self.domains}
 
+    def documents(self, domain: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Summed nll and predicted tokens of each document of a domain, [G] each."""
+        chosen = self.domain == self.domains.index(domain)
+        _, cluster = np.unique(self.document[chosen], return_inverse=True)
+        nll = np.bincount(cluster, weights=self.nll[chosen])
+        return nll.astype(np.float64), np.bincount(cluster, self.tokens[chosen]).astype(np.float64)
+
     def totals(self, domain: str) -> tuple[int, int]:
         """Predicted tokens and their UTF-8 bytes."""
         chosen = self.domain == self.domains.index(domain)

@@ -176,8 +176,17 @@ class GateParams(Section):
     domain_tolerance: float = Field(default=0.01, ge=0)
 
 
+class VetoParams(Section):
+    """A command that answers items with a model, and how sure it must be that answers got worse."""
+
+    command: tuple[str, ...] = ()
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+
+
 class PromotionParams(Section):
     minimum_gain: float = Field(default=0.0, ge=0)
+    spacing: int = Field(default=0, ge=0)
+    veto: VetoParams = VetoParams()
 
 
 class WatchParams(Section):

@@ -177,6 +177,14 @@ class FusionRecord(Record):
     files: dict[str, tuple[int, str]]  # path -> size, content hash
 
 
+class DomainGain(BaseModel):
+    """How much lower a fusion's loss is in one domain, in nats; negative where it is higher."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    gain: float
+    standard_error: float | None  # None when a single document stands behind it
+
+
 class Comparison(BaseModel):
     """The fusion against one single checkpoint, on audit. Gains are positive when it is better."""
 
@@ -189,7 +197,7 @@ class Comparison(BaseModel):
     standard_error: float | None
     lower_bound: float | None
     documents: int
-    domains: dict[str, float]
+    domains: dict[str, DomainGain]
 
 
 class GateRecord(Record):
@@ -201,9 +209,33 @@ class GateRecord(Record):
     step: int
     verdict: Literal["publish", "declined"]
     reason: str
-    test: int  # ordinal of this test in the trajectory; sets its share of alpha
-    alpha: float
+    test: int  # ordinal of this test in the trajectory; 0 where nothing was tested
+    alpha: float  # the chance to err that it had
     comparisons: list[Comparison]
+
+
+class VetoRecord(Record):
+    """What the veto's command found of one model; keyed by model and command.
+
+    Arrays, of each item [N]: ``item``, its name, and ``correct``, whether the model answered it.
+    """
+
+    kind: ClassVar = "veto"
+    model: str  # a fusion's id
+    command: list[str]
+    items: int
+    correct: int
+
+
+class VetoOutcome(BaseModel):
+    """A fusion's answers against the champion's, item by item."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    against: str  # the champion's fusion id
+    items: int  # that both were asked
+    won: int  # answered by the fusion alone
+    lost: int  # answered by the champion alone
+    p_value: float  # one-sided, exact: so many lost, were winning and losing equally likely
 
 
 class PromotionRecord(Record):
@@ -220,6 +252,7 @@ class PromotionRecord(Record):
     reason: str
     by: str | None = None  # who decided by hand, user@host; None: the service
     undoes: int | None = None  # the promotion that a rollback takes back
+    veto: VetoOutcome | None = None  # where a command compared it with the champion
 
 
 class PublicationRecord(Record):
@@ -234,7 +267,6 @@ class PublicationRecord(Record):
     weights_hash: str
     model_name: str
     version: str
-    champion: bool
 
 
 class SkipRecord(Record):

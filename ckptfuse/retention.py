@@ -1,13 +1,13 @@
 """Retention: which published fusions stay in the registry and in DVC's cache.
 
 What consumers can be sent to always stays: the champion, the one that a rollback would return
-to, the newest, and whatever an alias in MLflow points to.
+to, the newest, those that wait for their veto, and whatever an alias in MLflow points to.
 """
 
 from collections.abc import Mapping, Sequence
 
 from ckptfuse.params import RetentionParams
-from ckptfuse.promotion import standing
+from ckptfuse.promotion import standing, waiting
 from ckptfuse.published import find_publication, publications
 from ckptfuse.records import PublicationRecord, RetirementRecord
 from ckptfuse.service import Service
@@ -25,6 +25,7 @@ def why_kept(service: Service, aliases: Mapping[str, str]) -> dict[str, str]:
         reasons[find_publication(service, name).fusion] = f"kept as {name}"
     if known:
         reasons[known[-1].fusion] = "the newest"
+    reasons |= {record.fusion: "it waits for its veto" for record in waiting(service)}
     for alias, version in aliases.items():
         reasons |= {r.fusion: f"alias {alias}" for r in known if r.version == version}
     for record, why in zip(reversed(standing(service)[-2:]), _CHAMPIONS, strict=False):

@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command()(service.watch)
 app.command()(service.fuse)
 app.command()(service.backfill)
+app.command()(service.veto)
 app.command()(service.status)
 app.command()(service.report)
 app.command()(published.promote)

@@ -22,6 +22,7 @@ from ckptfuse.inspection import Inspection
 from ckptfuse.notes import explain
 from ckptfuse.once import HandScore
 from ckptfuse.overview import Overview
+from ckptfuse.phases import phase_notes
 from ckptfuse.protocol import Event, Progress
 
 _STYLES = {"champion": "bold green", "published": "green", "declined": "yellow", "skipped": "dim"}
@@ -65,7 +66,7 @@ def notes(seen: Overview) -> list[str]:
     plans = [row.plan for row in seen.rows if row.plan is not None]
     if plans:
         said += [f"weights at step {plans[-1].step}: {line}" for line in explain(plans[-1])]
-    return said
+    return said + phase_notes(seen.rows)
 
 
 @contextmanager

@@ -8,8 +8,14 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.errors import PublicationError
-from ckptfuse.promotion import champion, promote_by_hand, rollback_by_hand, rollback_target
-from ckptfuse.published import find_publication
+from ckptfuse.promotion import (
+    champion,
+    promote_by_hand,
+    rollback_by_hand,
+    rollback_target,
+    settle,
+)
+from ckptfuse.published import find_publication, publications
 from ckptfuse.records import (
     FusionRecord,
     PromotionRecord,
@@ -89,9 +95,23 @@ def follow_champion(service: Service, registry: Registry) -> bool:
     return behind
 
 
+def tell(step: int, version: str, promotion: PromotionRecord | None) -> None:
+    if promotion is None:
+        log.info("step %d is version %s, candidate: `ckptfuse veto` is next", step, version)
+        return
+    kind = "champion" if promotion.promoted else "candidate"
+    log.info("step %d is version %s, %s: %s", step, version, kind, promotion.reason)
+
+
 @task(cache_policy=NO_CACHE)
 def settle_champion(service: Service) -> None:
-    """Move an alias that a killed promotion left behind; a registry that is down waits."""
+    """Decide on candidates whose veto was heard since, and bring the alias up to the records.
+
+    A registry that is down waits for the next run.
+    """
+    versions = {record.fusion: record.version for record in publications(service)}
+    for promotion in settle(service):
+        tell(promotion.step, versions[promotion.fusion], promotion)
     present = champion(service)
     if present is None or is_marked(service, _MARK, str(present.number)):
         return  # without loading MLflow

@@ -15,7 +15,7 @@ from ckptfuse.records import (
 )
 from ckptfuse.service import Service
 from tasks import curves
-from tasks.aliases import follow_champion
+from tasks.aliases import follow_champion, tell
 from tasks.ledger import LedgerEntry
 from tasks.log import log
 from tasks.marks import is_marked, mark
@@ -52,8 +52,7 @@ def _publish(
     registry.set_alias("candidate", version)
     promotion = decide_promotion(service, decided)
     follow_champion(service, registry)  # another one, if a person has promoted it meanwhile
-    kind = "champion" if promotion.promoted else "candidate"
-    log.info("step %d is version %s, %s: %s", decided.step, version, kind, promotion.reason)
+    tell(decided.step, version, promotion)
     record = PublicationRecord(
         fusion=decided.fusion,
         window=decided.window,
@@ -63,7 +62,6 @@ def _publish(
         weights_hash=entry.weights_hash,
         model_name=registry.name,
         version=version,
-        champion=promotion.promoted,
     )
     service.records.put(decided.window, record)
     return record

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse.digests import digest
-from ckptfuse.promotion import champion
+from ckptfuse.promotion import champion, waiting
 from ckptfuse.published import publications
 from ckptfuse.records import (
     FusionRecord,
@@ -65,14 +65,17 @@ class Deleted:
 
 
 def stale_models(service: Service) -> list[Stale]:
-    """Declined and corrected fusions, and published ones but the champion and the newest."""
+    """Declined and corrected fusions, and published ones that nothing is needed of any more.
+
+    The champion, the newest and those that wait for their veto stay.
+    """
     records = service.records
     known = publications(service)
     published = {record.fusion for record in known}
     declined = {g.fusion: g for g in records.all(GateRecord).values() if g.verdict == "declined"}
     corrected = _corrected(service)
     present = champion(service)
-    keep = {known[-1].fusion} if known else set()
+    keep = {record.fusion for record in (*waiting(service), *known[-1:])}
     if present:
         keep.add(present.fusion)
     found = []

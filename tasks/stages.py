@@ -16,6 +16,7 @@ from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, ConfigurationError
 from ckptfuse.evaluation import Evaluation, evaluate
 from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.gate import Share
 from ckptfuse.params import load_params
 from ckptfuse.protocol import CheckpointModel, Input
 from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, Member, PlanRecord
@@ -116,7 +117,8 @@ def evaluate_stage() -> None:
         source = service.scorer.tokenizer(fusion.folder)
         on_files = pinned.model_copy(update={"tokenizer": source.digest})
         score_fusion(service, on_files, fusion)
-        verdict = verdict_on(service, on_files, test=window.fusion.gate_test)
+        share = Share(window.fusion.gate_test, window.fusion.gate_alpha)
+        verdict = verdict_on(service, on_files, share=share)
         write_metrics(service, on_files, verdict, Path())
 
 

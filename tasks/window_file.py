@@ -30,6 +30,7 @@ class PinnedFusion(BaseModel):
     rule: str
     tokenizer: str
     gate_test: int
+    gate_alpha: float
 
 
 class WindowFile(BaseModel):
@@ -52,6 +53,7 @@ class WindowFile(BaseModel):
                 rule=decided.rule,
                 tokenizer=decided.tokenizer,
                 gate_test=verdict.test,
+                gate_alpha=verdict.alpha,
             ),
             checkpoints={
                 f"step{m.step}": PinnedCheckpoint(

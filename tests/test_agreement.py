@@ -21,6 +21,7 @@ from ckptfuse.perplexity import score_blocks
 from ckptfuse.score_records import losses_of, summarise
 from ckptfuse.store import FolderStore
 from ckptfuse.tokenizing import load_tokenizer
+from examples import lm_eval_veto
 from tests.conftest import Trajectory
 
 LENGTH = 96
@@ -118,3 +119,30 @@ def test_losses_do_not_depend_on_batches_and_threads(
         torch.set_num_threads(before)
     assert found == pytest.approx(expected, rel=1e-5)
     assert found.sum() == pytest.approx(expected.sum(), rel=1e-6)
+
+
+def test_a_veto_by_the_harness_writes_one_answer_an_item(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second choice of each item is far longer, so that any model finds it less likely."""
+    items = [
+        {"question": f"def f{n}(x):", "choices": [" return", " zebra" * 30], "answer": n % 2}
+        for n in range(6)
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    task = {
+        "task": "quiz", "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")},
+                           "cache_dir": str(tmp_path / "cache")},
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "quiz.yaml").write_text(json.dumps(task))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm_eval_veto.main(
+        str(tmp_path / "quiz.yaml"), "5", str(checkpoint), str(tmp_path / "answers.jsonl")
+    )
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"item": f"quiz/{n}", "correct": int(n % 2 == 0)} for n in range(5)
+    ]

@@ -111,7 +111,8 @@ def scene(
 
 @pytest.mark.parametrize("call", SEAMS)
 def test_a_kill_at_a_seam_between_systems_changes_nothing(scene: Scene, call: str) -> None:
-    assert scene.killed_after(scene.calls.index(call) + 1) == scene.outcome
+    found = scene.killed_after(scene.calls.index(call) + 1)
+    assert differences(found, scene.outcome) == {}
 
 
 @pytest.mark.faults
@@ -122,10 +123,17 @@ def test_a_kill_after_any_external_call_changes_nothing(scene: Scene, share: int
     assert len(scene.calls) > 30, "the calls that the service makes are not all counted"
     differing = []
     for number, call in list(enumerate(scene.calls, start=1))[share::SHARES]:
-        if scene.killed_after(number) != scene.outcome:
-            differing.append(f"{number}: {call}")
+        if different := differences(scene.killed_after(number), scene.outcome):
+            differing.append(f"{number}: {call}: {different}")
         print(f"killed after {number} of {len(scene.calls)}, {call}: {len(differing)} differ")
     assert differing == []
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, list[Any]]:
+    """What was found and what was expected, where they are not the same."""
+    names = found.keys() | expected.keys()
+    pairs = {name: [found.get(name), expected.get(name)] for name in sorted(names)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def test_a_scoring_job_ends_with_the_service_that_started_it(

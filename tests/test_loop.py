@@ -1,6 +1,7 @@
 """The whole loop on a real trajectory: watch, fuse, gate, ledger, registry, and doing it again."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,12 @@ import yaml
 
 from ckptfuse.corpus import read_corpus
 from ckptfuse.params import load_params
+from ckptfuse.records import PromotionRecord, VetoRecord
+from ckptfuse.service import open_service
+from ckptfuse.steps.veto import hear_veto
+from ckptfuse.veto import to_arrays, veto_key
+from tasks.aliases import settle_champion
+from tasks.registry import Registry
 from tests.conftest import DOMAINS, Project, Trajectory
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -185,3 +192,33 @@ def test_a_second_watcher_beside_the_first_leaves_the_work_to_it(finished: Proje
         assert mine
         done = finished.cli("watch", "--once")
     assert "Another process is at work" in done.stdout
+
+
+def test_a_candidate_becomes_champion_in_mlflow_once_its_veto_was_heard(
+    finished: Project, tmp_path: Path
+) -> None:
+    """The second fusion, as if a veto had been asked for before it was published."""
+    shutil.copytree(finished.folder, tmp_path / "project", symlinks=True)
+    project = Project(tmp_path / "project", finished.trajectory)
+    params = yaml.safe_load(Path(project.params_file).read_text())
+    script = 'import sys; open(sys.argv[2], \'w\').write(\'{"item": "one", "correct": 1}\')'
+    command = (sys.executable, "-c", script)
+    params["promotion"] = {"veto": {"command": list(command)}}
+    params["mlflow"] = {"tracking_uri": project.mlflow_uri}
+    Path(project.params_file).write_text(yaml.safe_dump(params))
+    service = open_service(load_params(Path(project.params_file)))
+    first, second = sorted(service.records.all(PromotionRecord).values(), key=lambda p: p.number)
+    (project.workspace / "records" / "promotion" / f"{second.fusion}.json").unlink()
+    Registry(service).set_alias("champion", "1")
+    known = VetoRecord(model=first.fusion, command=list(command), items=1, correct=1)
+    key = veto_key(first.fusion, command)  # its weights are no longer in the workspace
+    service.records.put(key, known, to_arrays({"one": True}))
+
+    settle_champion.fn(service)
+    assert project.aliases() == {"candidate": "2", "champion": "1"}
+    assert [record.model for record in hear_veto(service)] == [second.fusion]
+    settle_champion.fn(service)
+    assert project.aliases() == {"candidate": "2", "champion": "2"}
+    decided = service.records.get(PromotionRecord, second.fusion)
+    assert decided is not None
+    assert "no veto, 0 items won and 0 lost of 1" in decided.reason

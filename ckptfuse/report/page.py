@@ -8,6 +8,7 @@ from markupsafe import Markup
 from ckptfuse.evaluation import evaluate
 from ckptfuse.notes import ENERGY, explain
 from ckptfuse.overview import Overview, overview, steps_saved
+from ckptfuse.phases import phase_notes
 from ckptfuse.report import figures
 from ckptfuse.service import Service
 
@@ -30,6 +31,7 @@ def render(service: Service) -> str:
         trajectory=service.params.trajectory,
         rule=service.params.rule.name,
         seen=seen,
+        phases=phase_notes(seen.rows),
         explained={row.step: explain(row.plan) for row in seen.rows if row.plan is not None},
         saved={row.step: steps_saved(seen.rows, row) for row in seen.rows},
         drawings=_drawings(service, seen),

@@ -21,19 +21,30 @@ def judge_fusion(service: Service, decided: PlanRecord) -> GateRecord:
     known = service.records.get(GateRecord, key)
     if known is not None:
         return known
-    earlier = {g.window for g in service.records.all(GateRecord).values()} - {decided.window}
-    verdict = verdict_on(service, decided, test=len(earlier) + 1)
+    verdict = verdict_on(service, decided, share=_share(service, decided.window))
     service.records.put(key, verdict)
     return verdict
 
 
-def verdict_on(service: Service, decided: PlanRecord, *, test: int) -> GateRecord:
-    """Judge from recorded audit scores; ``test`` is the ordinal that sets the share of alpha."""
+def _share(service: Service, window: str) -> gate.Share:
+    """What a window's test may spend; judged again, it is no new test."""
+    verdicts = sorted(service.records.all(GateRecord).values(), key=lambda v: v.test)
+    published: dict[str, bool] = {}
+    for verdict in (verdict for verdict in verdicts if verdict.test):
+        if verdict.window == window:
+            break
+        passed = verdict.verdict == "publish"
+        published[verdict.window] = published.get(verdict.window, True) and passed
+    return gate.next_share(service.params.gate.alpha, list(published.values()))
+
+
+def verdict_on(service: Service, decided: PlanRecord, *, share: gate.Share) -> GateRecord:
+    """Judge from recorded audit scores; ``share`` is the chance to err that it has."""
     params = service.params.gate
     about = {"window": decided.window, "fusion": decided.fusion, "step": decided.step}
     if not decided.is_merge:
         reason = decided.no_gain or _all_on_one(decided)
-        return gate.decline_unmerged(**about, test=test, params=params, reason=reason)  # type: ignore[arg-type]
+        return gate.decline_unmerged(**about, reason=reason)  # type: ignore[arg-type]
     fusion = losses_of(service, decided.fusion, decided.tokenizer, "audit")
     comparisons = []
     opponents: dict[Literal["best", "newest"], Member] = {
@@ -47,10 +58,10 @@ def verdict_on(service: Service, decided: PlanRecord, *, test: int) -> GateRecor
                 fusion,
                 gate.Opponent(against, member, losses),
                 weights=service.scorer.target_weights,
-                alpha=gate.spent_alpha(params.alpha, test),
+                alpha=share.alpha,
             )
         )
-    return gate.judge(**about, test=test, params=params, comparisons=comparisons)  # type: ignore[arg-type]
+    return gate.judge(**about, share=share, params=params, comparisons=comparisons)  # type: ignore[arg-type]
 
 
 def _all_on_one(decided: PlanRecord) -> str:

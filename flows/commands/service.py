@@ -149,6 +149,24 @@ def backfill(params: ParamsOption = None) -> None:
     stdout.print(_sentence(backfill_flow(file)), markup=False)
 
 
+def veto(params: ParamsOption = None) -> None:
+    """Hear the veto on the newest candidate: run promotion.veto.command where its answers lack."""
+    loaded, _ = load(params)
+    if not loaded.promotion.veto.command:
+        raise ConfigurationError("promotion.veto.command is empty in params.yaml: there is no veto")
+    from ckptfuse.service import open_service
+    from ckptfuse.steps.veto import hear_veto
+
+    heard = hear_veto(open_service(loaded))
+    for record in heard:
+        share = f"{record.correct} of {record.items} items correct"
+        stdout.print(f"fusion {record.model[:12]}: {share}", markup=False)
+    if heard:
+        stderr.print("the next look of `ckptfuse watch` decides on the champion")
+    else:
+        stdout.print("Nothing to do: no candidate waits for its veto.")
+
+
 def status(params: ParamsOption = None) -> None:
     """Show what is known of the trajectory: checkpoints, fusions, verdicts."""
     loaded, _ = load(params)

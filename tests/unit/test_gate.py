@@ -1,20 +1,26 @@
 """The gate: its bound, its honesty over hundreds of tests, and what it says when it declines."""
 
 import math
+from pathlib import Path
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 import pytest
-from scipy import stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from ckptfuse.gate import (
     Opponent,
+    Share,
     best_member,
     compare,
     decline_unmerged,
     gate_key,
     judge,
-    spent_alpha,
+    lower_bound,
+    next_share,
 )
 from ckptfuse.params import GateParams
 from ckptfuse.records import Comparison, GateRecord
@@ -38,61 +44,177 @@ def against(
     return compare(merged, opponent, weights=dict.fromkeys(domains, 1.0), alpha=alpha)
 
 
-def verdict(*comparisons: Comparison, test: int = 1) -> GateRecord:
+def verdict(*comparisons: Comparison) -> GateRecord:
     return judge(
-        window="w", fusion="f", step=300, test=test, params=GATE, comparisons=list(comparisons)
-    )
+        window="w", fusion="f", step=300, share=Share(1, 0.05), params=GATE,
+        comparisons=list(comparisons),
+    )  # fmt: skip
 
 
-def test_the_bound_is_the_gain_less_students_t_times_its_error() -> None:
-    single = np.array([30.0, 29.0, 31.0, 33.0, 30.0])
-    fusion = single - np.array([1.0, 2.0, 1.5, 0.5, 1.0])
-    found = against(fusion, single, alpha=0.01)
-    differences = np.array([1.0, 2.0, 1.5, 0.5, 1.0]) / 10
-    error = differences.std(ddof=1) / math.sqrt(5)
-    assert found.gain == pytest.approx(differences.mean())
-    assert found.standard_error == pytest.approx(error)
-    expected = differences.mean() - stats.t.ppf(0.99, 4) * error
-    assert found.lower_bound == pytest.approx(expected)
+@pytest.fixture(scope="module")
+def real() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Real gains in nats [18, 292] of documents of so many tokens [292], by merges of small models.
+
+    Two Llamas of 64 hidden units, trained 420 to 720 steps, one under a decaying learning rate;
+    uniform merges of 2, 4 and 6 checkpoints against the newest of them.
+    """
+    with np.load(Path(__file__).parent / "data" / "audit_gains.npz") as found:
+        return found["gains"].astype(np.float64), found["tokens"].astype(np.float64)
 
 
-def test_the_domain_with_the_fewest_documents_sets_the_degrees_of_freedom() -> None:
-    domain = np.array([0] * 3 + [1] * 40)
+# -- one test ----------------------------------------------------------------------------------
+
+
+def test_the_lower_bound_is_where_the_sum_of_signed_documents_reaches_its_quantile() -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.uniform(1, 5, size=80)
+    shares /= shares.sum()
+    gains = shares * rng.normal(0.05, 0.03, size=80)
+    bound = lower_bound(gains, shares, alpha=1e-4)
+    assert bound is not None
+    errors = gains - bound * shares
+    x = errors.sum() / math.sqrt(errors @ errors)
+    normal = NormalDist()
+    constant = 1 / (4 * normal.cdf(-math.sqrt(2)))
+    assert constant == pytest.approx(3.178, abs=1e-3)
+    assert constant * normal.cdf(-x) == pytest.approx(1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(signs=st.lists(st.booleans(), min_size=8, max_size=14), alpha=st.floats(1e-4, 0.2))
+def test_few_documents_of_equal_size_never_claim_more_than_their_signs_allow(
+    signs: list[bool], alpha: float
+) -> None:
+    """Exactly: the chance of so many documents for the fusion, were both signs equally likely."""
+    count, ups = len(signs), sum(signs)
+    gains = np.where(signs, 1.0, -1.0) / count
+    bound = lower_bound(gains, np.full(count, 1 / count), alpha=alpha)
+    chance = sum(math.comb(count, k) for k in range(ups, count + 1)) / 2**count
+    if bound is not None and bound > 0:
+        assert chance <= alpha
+
+
+def test_the_bound_rises_with_the_gain_and_falls_with_the_level() -> None:
+    rng = np.random.default_rng(1)
+    shares = np.full(60, 1 / 60)
+    gains = shares * rng.normal(0.1, 0.05, size=60)
+    strict, loose = (lower_bound(gains, shares, alpha=a) for a in (1e-5, 0.05))
+    assert strict is not None
+    assert loose is not None
+    assert strict < loose < gains.sum()
+    assert lower_bound(gains + 0.01 * shares, shares, alpha=0.05) == pytest.approx(loose + 0.01)
+
+
+def test_one_long_document_among_short_ones_counts_as_the_few_that_it_leaves() -> None:
+    lengths = np.array([10_000.0, *[10.0] * 200])
+    shares = lengths / lengths.sum()
+    assert lower_bound(0.5 * shares, shares, alpha=0.05) is None
+    even = np.full(201, 1 / 201)
+    assert lower_bound(0.5 * even, even, alpha=0.05) == pytest.approx(0.5)
+
+
+def test_domains_count_with_their_weights() -> None:
+    domain = np.repeat([0, 1], 40)
     rng = np.random.default_rng(8)
-    single = rng.normal(30, 2, size=43)
-    found = against(single - rng.normal(1, 0.2, size=43), single, domain=domain)
-    assert found.standard_error is not None
-    expected = found.gain - stats.t.ppf(0.95, 2) * found.standard_error
-    assert found.lower_bound == pytest.approx(expected)
-
-
-def test_what_all_tests_may_spend_stays_below_alpha() -> None:
-    assert sum(spent_alpha(0.05, n) for n in range(1, 5_000)) < 0.05
-    assert spent_alpha(0.05, 1) == 0.025
-
-
-def test_a_run_without_any_gain_almost_never_publishes() -> None:
-    """200 runs of 50 fusions, each as good as its opponent but for noise."""
-    rng = np.random.default_rng(5)
-    alpha, runs = 0.1, 200
-    base = np.full(40, 30.0)
-
-    def publishes() -> bool:
-        noise = enumerate(rng.normal(0, 0.5, size=(50, 40)), start=1)
-        found = (against(base + drawn, base, alpha=spent_alpha(alpha, n)) for n, drawn in noise)
-        return any(item.lower_bound is not None and item.lower_bound > 0 for item in found)
-
-    rate = sum(publishes() for _ in range(runs)) / runs
-    assert 0 < rate <= alpha + 2 * math.sqrt(alpha * (1 - alpha) / runs)
-
-
-def test_a_true_gain_is_found_however_many_tests_went_before() -> None:
-    rng = np.random.default_rng(6)
-    single = rng.normal(30, 5, size=200)
-    fusion = single - 1 + rng.normal(0, 0.5, size=200)
-    found = against(fusion, single, alpha=spent_alpha(0.05, 500))
+    single = rng.normal(30, 2, size=80)
+    fusion = single - np.where(domain == 0, 1.0, 3.0)
+    found = against(fusion, single, domain=domain)
+    assert found.gain == pytest.approx(0.2)
     assert found.lower_bound is not None
-    assert 0.08 < found.lower_bound < found.gain
+    assert 0.17 < found.lower_bound < 0.2
+
+
+# -- a run of tests ----------------------------------------------------------------------------
+
+
+def test_shares_sum_to_alpha_whatever_is_published() -> None:
+    assert next_share(0.05, []).alpha == pytest.approx(0.05 * (1 - math.log(2) / math.log(3)))
+    failed = sum(next_share(0.05, [False] * n).alpha for n in range(3_000))
+    assert 0.04 < failed < 0.05
+    assert next_share(0.05, [True] * 3_000).alpha == pytest.approx(failed + next_share(
+        0.05, [False] * 3_000).alpha)  # fmt: skip
+
+
+def test_a_published_test_hands_its_share_on_and_a_declined_one_does_not() -> None:
+    def share(*published: bool) -> Share:
+        return next_share(0.05, published)
+
+    alone = [next_share(0.05, [False] * n).alpha for n in range(4)]
+    assert share(False, True).alpha == pytest.approx(alone[1] + alone[2])
+    assert share(False, True, True).alpha == pytest.approx(alone[1] + alone[2] + alone[3])
+    assert share(True, True, False) == Share(4, pytest.approx(alone[3]))
+
+
+def null_runs_that_publish(
+    gains: NDArray[np.float64], tokens: NDArray[np.float64], *, documents: int, runs: int
+) -> float:
+    """Share of runs without any gain that publish something, on so many documents.
+
+    In each, the fusions' differences from their mean have the sign of each document flipped, one
+    draw for the whole run: the audit text is the same in all tests.
+    """
+    rng = np.random.default_rng(documents)
+    found = 0
+    for _ in range(runs):
+        chosen = rng.choice(len(tokens), documents, replace=False)
+        shares = tokens[chosen] / tokens[chosen].sum()
+        centred = gains - np.outer(gains.sum(axis=1) / tokens.sum(), tokens)
+        flipped = centred[:, chosen] * rng.choice([-1, 1], documents) / tokens[chosen].sum()
+        published: list[bool] = []
+        for fusion in rng.permutation(flipped):
+            bound = lower_bound(fusion, shares, alpha=next_share(0.05, published).alpha)
+            published.append(bound is not None and bound > 0)
+        found += any(published)
+    return found / runs
+
+
+@pytest.mark.parametrize("documents", [12, 292])
+def test_at_most_five_percent_of_runs_without_a_gain_publish_anything(
+    real: tuple[NDArray[np.float64], NDArray[np.float64]], documents: int
+) -> None:
+    rate = null_runs_that_publish(*real, documents=documents, runs=300)
+    assert rate <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
+
+
+def test_fusions_that_gain_make_up_for_no_others_error(
+    real: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> None:
+    """Every second fusion gains much: it passes, and hands on only what was its own."""
+    gains, tokens = real
+    rng = np.random.default_rng(9)
+    shares = tokens / tokens.sum()
+    centred = gains - np.outer(gains.sum(axis=1) / tokens.sum(), tokens)
+    wrong = passed = 0
+    for _ in range(200):
+        flipped = centred * rng.choice([-1, 1], len(tokens)) / tokens.sum()
+        published: list[bool] = []
+        for number, fusion in enumerate(flipped):
+            alpha = next_share(0.05, published).alpha
+            bound = lower_bound(fusion + 0.2 * (number % 2) * shares, shares, alpha=alpha)
+            published.append(bound is not None and bound > 0)
+        wrong += any(published[::2])
+        passed += sum(published[1::2])
+    assert wrong / 200 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 200)
+    assert passed / (200 * 9) > 0.9
+
+
+def test_in_a_healthy_run_a_gain_of_three_errors_is_found_at_the_three_hundredth_test(
+    real: tuple[NDArray[np.float64], NDArray[np.float64]],
+) -> None:
+    """alpha / (n (n + 1)) would ask for five."""
+    gains, tokens = real
+    shares = tokens / tokens.sum()
+    centred = gains[0] / tokens.sum() - gains[0].sum() / tokens.sum() * shares
+    error = math.sqrt(centred @ centred)
+    level = next_share(0.05, [True] * 299).alpha
+    found = lower_bound(centred + 3 * error * shares, shares, alpha=level)
+    former = lower_bound(centred + 3 * error * shares, shares, alpha=0.05 / (300 * 301))
+    assert found is not None
+    assert former is not None
+    assert former < 0 < found
+
+
+# -- the verdict -------------------------------------------------------------------------------
 
 
 def test_a_clear_gain_is_published_with_its_numbers() -> None:
@@ -162,7 +284,19 @@ def test_the_newest_that_is_also_the_best_is_named_once() -> None:
 def test_one_document_proves_nothing() -> None:
     found = verdict(against(np.array([10.0]), np.array([30.0])))
     assert found.verdict == "declined"
-    assert "fewer than two audit documents" in found.reason
+    assert "1 audit documents are too few to show a gain" in found.reason
+
+
+def test_noise_in_a_domain_with_little_text_is_no_objection_and_a_collapse_is() -> None:
+    domain = np.array([0] * 6 + [1] * 40)
+    noise = np.array([-1.5, 2.0, -1.0, 1.2, -2.0, 2.5])  # 0.2 nats a document for 10 tokens
+    single = np.full(46, 30.0)
+    fusion = single - 3
+    fusion[:6] = single[:6] + noise
+    noisy = verdict(against(fusion, single, domain=domain))
+    assert noisy.verdict == "publish"
+    fusion[:6] += 4
+    assert "domain 'prose'" in verdict(against(fusion, single, domain=domain)).reason
 
 
 def test_the_best_member_is_the_newest_of_equals() -> None:
@@ -170,12 +304,10 @@ def test_the_best_member_is_the_newest_of_equals() -> None:
 
 
 def test_a_window_with_nothing_to_merge_is_declined_without_a_comparison() -> None:
-    found = decline_unmerged(
-        window="w", fusion="f", step=300, test=3, params=GATE, reason="no gain expected"
-    )
+    found = decline_unmerged(window="w", fusion="f", step=300, reason="no gain expected")
     assert found.verdict == "declined"
     assert found.reason == "no gain expected"
-    assert (found.test, found.alpha) == (3, pytest.approx(0.05 / 12))
+    assert (found.test, found.alpha) == (0, 0.0)
 
 
 def test_a_verdict_is_keyed_by_all_that_it_depends_on() -> None:

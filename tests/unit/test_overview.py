@@ -115,7 +115,7 @@ def published(service: Service, *, promoted: bool) -> None:
     judged(service, "publish")
     record = PublicationRecord(
         fusion="fusion-300", window="window-300", step=300, tag="t", commit="c", weights_hash="h",
-        model_name="m", version="1", champion=promoted,
+        model_name="m", version="1",
     )  # fmt: skip
     service.records.put("publication", record)
     promotion = PromotionRecord(

@@ -103,7 +103,7 @@ class World:
     def publish(self, key: str) -> None:
         record = PublicationRecord(
             fusion=f"fusion of {key}", window=key, step=self.state.gates[key].step, tag="t",
-            commit="c", weights_hash="h", model_name="m", version="1", champion=True,
+            commit="c", weights_hash="h", model_name="m", version="1",
         )  # fmt: skip
         self._put(publications={**self.state.publications, key: record})
 

@@ -27,22 +27,29 @@ def published(service: Service, step: int, loss: float) -> PlanRecord:
     return decided
 
 
+def promoted(service: Service, step: int, loss: float) -> PromotionRecord:
+    """What is decided on such a fusion when nothing has to be waited for."""
+    found = decide_promotion(service, published(service, step, loss))
+    assert found is not None
+    return found
+
+
 def test_before_the_first_promotion_there_is_no_champion(service: Service) -> None:
     assert champion(service) is None
 
 
 def test_the_first_published_fusion_is_promoted(service: Service) -> None:
-    decision = decide_promotion(service, published(service, 200, 3.0))
+    decision = promoted(service, 200, 3.0)
     assert (decision.promoted, decision.number) == (True, 1)
     assert champion(service) == decision
 
 
 def test_a_better_fusion_takes_over_and_a_worse_one_does_not(service: Service) -> None:
-    decide_promotion(service, published(service, 200, 3.0))
-    better = decide_promotion(service, published(service, 300, 2.9))
+    promoted(service, 200, 3.0)
+    better = promoted(service, 300, 2.9)
     assert better.promoted
     assert better.reason == "+0.1000 nats better on audit than the champion of step 200"
-    worse = decide_promotion(service, published(service, 400, 2.95))
+    worse = promoted(service, 400, 2.95)
     assert not worse.promoted
     assert worse.reason == (
         "-0.0500 nats on audit against the champion of step 300, more than 0 needed"
@@ -51,15 +58,25 @@ def test_a_better_fusion_takes_over_and_a_worse_one_does_not(service: Service) -
 
 
 def test_equal_is_not_better(service: Service) -> None:
-    decide_promotion(service, published(service, 200, 3.0))
-    assert not decide_promotion(service, published(service, 300, 3.0)).promoted
+    promoted(service, 200, 3.0)
+    assert not promoted(service, 300, 3.0).promoted
 
 
 def test_a_gain_below_the_minimum_does_not_churn_consumers(tmp_path: Path) -> None:
     service = make_service(tmp_path, promotion={"minimum_gain": 0.05})
-    decide_promotion(service, published(service, 200, 3.0))
-    assert not decide_promotion(service, published(service, 300, 2.96)).promoted
-    assert decide_promotion(service, published(service, 400, 2.94)).promoted
+    promoted(service, 200, 3.0)
+    assert not promoted(service, 300, 2.96).promoted
+    assert promoted(service, 400, 2.94).promoted
+
+
+def test_champions_keep_their_distance_in_steps(tmp_path: Path) -> None:
+    service = make_service(tmp_path, promotion={"spacing": 150})
+    promoted(service, 200, 3.0)
+    near = promoted(service, 300, 2.0)
+    assert not near.promoted
+    assert near.reason == "100 steps from the champion of step 200, at least 150 needed"
+    assert promoted(service, 350, 2.9).promoted
+    assert promoted(service, 150, 2.8).promoted, "a rollback is a distance too"
 
 
 def test_a_decision_stands_however_often_it_is_asked_for(service: Service) -> None:
@@ -71,21 +88,21 @@ def test_a_decision_stands_however_often_it_is_asked_for(service: Service) -> No
 
 def test_the_champion_is_the_last_one_promoted_and_not_the_highest_step(service: Service) -> None:
     """After a rollback a better fusion may end at a lower step."""
-    decide_promotion(service, published(service, 400, 3.0))
-    rolled_back = decide_promotion(service, published(service, 300, 2.5))
+    promoted(service, 400, 3.0)
+    rolled_back = promoted(service, 300, 2.5)
     assert champion(service) == rolled_back
 
 
 def test_a_champion_that_cannot_be_scored_on_a_new_audit_text_gives_way(
     service: Service, tmp_path: Path
 ) -> None:
-    decide_promotion(service, published(service, 200, 1.0))
+    promoted(service, 200, 1.0)
     with (tmp_path / "text.jsonl").open("a") as text:
         text.write('\n{"text": "a text that nobody has seen"}')
     renewed = make_service(
         tmp_path, corpus={"domains": {"text": {"path": str(tmp_path / "text.jsonl")}}, "salt": "x"}
     )
-    decision = decide_promotion(renewed, published(renewed, 300, 3.0))
+    decision = promoted(renewed, 300, 3.0)
     assert decision.promoted
     assert "can no longer be scored" in decision.reason
 
@@ -93,7 +110,7 @@ def test_a_champion_that_cannot_be_scored_on_a_new_audit_text_gives_way(
 def test_a_champion_whose_weights_were_pruned_gives_way_on_a_new_audit_text(
     service: Service, tmp_path: Path
 ) -> None:
-    decide_promotion(service, published(service, 200, 1.0))
+    promoted(service, 200, 1.0)
     folder = tmp_path / "merged"
     folder.mkdir()
     record = FusionRecord(fusion="fusion-200", step=200, folder=str(folder), size=0, files={})
@@ -102,4 +119,4 @@ def test_a_champion_whose_weights_were_pruned_gives_way_on_a_new_audit_text(
     renewed = make_service(
         tmp_path, corpus={"domains": {"text": {"path": str(tmp_path / "text.jsonl")}}, "salt": "x"}
     )
-    assert decide_promotion(renewed, published(renewed, 300, 3.0)).promoted
+    assert promoted(renewed, 300, 3.0).promoted

@@ -34,7 +34,7 @@ def publish(
         record_losses(service, decided.fusion, np.full(6, 10 * loss))
     record = PublicationRecord(
         fusion=decided.fusion, window=decided.window, step=step, tag=f"step-{step}-tag",
-        commit="c", weights_hash="w", model_name="m", version=str(version), champion=False,
+        commit="c", weights_hash="w", model_name="m", version=str(version),
     )  # fmt: skip
     service.records.put(decided.window, record)
     return record

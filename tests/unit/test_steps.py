@@ -1,5 +1,6 @@
 """Steps from records to records: each asks first what is there, and repairs what a kill left."""
 
+import math
 import pickle
 import shutil
 from collections.abc import Sequence
@@ -400,7 +401,9 @@ def test_each_window_judged_is_one_more_test_and_the_same_window_is_not(service:
     plan = decide_weights(service, window_of(service, [2.0, 1.9, 2.1]))
     other = plan.model_copy(update={"tokenizer": "tokenizer", "window": "another"})
     second = judge_fusion(service, other)
-    assert (second.test, second.alpha) == (2, pytest.approx(0.05 / 6))
+    shares = [1 - math.log(2) / math.log(3), math.log(2) / math.log(3) - 0.5]
+    assert (first.test, first.alpha) == (1, pytest.approx(0.05 * shares[0]))
+    assert (second.test, second.alpha) == (2, pytest.approx(0.05 * sum(shares)))
 
 
 def test_a_window_judged_again_by_another_measure_spends_no_new_share(service: Service) -> None:
@@ -417,6 +420,8 @@ def test_all_weight_on_one_checkpoint_is_declined_unmerged(service: Service) -> 
     verdict = judge_fusion(service, plan)
     assert verdict.verdict == "declined"
     assert "all weight on step 300" in verdict.reason
+    assert verdict.test == 0
+    assert judged(service, 1.8).test == 1, "nothing was tested before"
     assert verdict.comparisons == []
 
 

@@ -1,0 +1,56 @@
+"""Veto: bring the answers that a promotion waits for, in a process and a time of their own."""
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ckptfuse.errors import CkptfuseError
+from ckptfuse.promotion import champion, waiting
+from ckptfuse.records import FusionRecord, VetoRecord
+from ckptfuse.service import Service
+from ckptfuse.veto import ask, to_arrays, veto_key
+
+
+def hear_veto(service: Service) -> list[VetoRecord]:
+    """Ask the items of the newest waiting fusion, and of the champion, where that was not done.
+
+    Under a lock of its own: watching goes on meanwhile. What is asked is recorded at once, so a
+    run that was killed goes on where it was. Raises CkptfuseError while another one is at work.
+    """
+    command = service.params.promotion.veto.command
+    left, present = waiting(service), champion(service)
+    if not (command and left and present):
+        return []
+    lock = FileLock(service.workspace.folder("locks") / "veto.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CkptfuseError("another `ckptfuse veto` is at work on this workspace") from error
+    try:
+        found = [_answers(service, model) for model in (present.fusion, left[-1].fusion)]
+    finally:
+        lock.release()
+    return [record for record in found if record is not None]
+
+
+def _answers(service: Service, model: str) -> VetoRecord | None:
+    """The model's answers, if they had to be asked for."""
+    command = service.params.promotion.veto.command
+    key = veto_key(model, command)
+    if service.records.has(VetoRecord, key):
+        return None
+    merged = service.records.get(FusionRecord, model)
+    if merged is None or not Path(merged.folder).is_dir():
+        raise CkptfuseError(
+            f"the weights of fusion {model[:12]} are no longer in the workspace, so the veto "
+            "cannot be heard; `dvc pull` in the ledger at its tag fetches them"
+        )
+    answers = ask(command, Path(merged.folder))
+    record = VetoRecord(
+        model=model,
+        command=list(command),
+        items=len(answers),
+        correct=sum(answers.values()),
+    )
+    service.records.put(key, record, to_arrays(answers))
+    return record
