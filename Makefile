@@ -30,8 +30,9 @@ setup: $(READY) ## make .venv with the versions of constraints.txt (only when th
 demo: $(READY) ## pretrain a small model while the service watches, fuses, registers and versions it
 	$(BIN)/ckptfuse demo
 
+# Three processes: those of the service wait for servers and for each other much of the time.
 test: $(READY) lint ## lint, types and the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not faults"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 SEAMS = (
     "weights written",
     "mlflow create_model_version",
-    "mlflow set_registered_model_alias champion",
     "record publication",
 )
 

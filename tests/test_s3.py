@@ -96,8 +96,11 @@ def test_score_and_merge_take_s3_uris(s3: S3Server, trajectory: Trajectory, tmp_
         assert isinstance(scores, dict)
         return scores
 
-    local = score(str(trajectory.bucket / f"checkpoint-{first}"), str(trajectory.corpus["c"]))
-    remote = score(f"s3://training/run/checkpoint-{first}", "s3://training/corpus/c")
+    few = b"".join(trajectory.corpus["c"].read_bytes().splitlines(keepends=True)[:40])
+    (tmp_path / "few.jsonl").write_bytes(few)
+    open_store("s3://training/few").write("c.jsonl", few)
+    local = score(str(trajectory.bucket / f"checkpoint-{first}"), str(tmp_path / "few.jsonl"))
+    remote = score(f"s3://training/run/checkpoint-{first}", "s3://training/few/c.jsonl")
     assert remote["domains"] == local["domains"]
     assert remote["fingerprint"] == local["fingerprint"]
 

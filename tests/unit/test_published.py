@@ -15,7 +15,13 @@ from ckptfuse.promotion import (
     standing,
 )
 from ckptfuse.published import find_publication, publications
-from ckptfuse.records import GateRecord, PlanRecord, PublicationRecord, RetirementRecord
+from ckptfuse.records import (
+    GateRecord,
+    PlanRecord,
+    PromotionRecord,
+    PublicationRecord,
+    RetirementRecord,
+)
 from ckptfuse.retention import why_kept
 from ckptfuse.service import Service
 from tests.helpers import make_service, member, plan_record, record_losses
@@ -27,7 +33,7 @@ MEMBERS = [member(100, 3.0), member(200, 3.0)]
 def publish(
     service: Service, step: int, version: int, loss: float | None = None
 ) -> PublicationRecord:
-    """Leave the records of a published fusion; with a loss, those of its scores too."""
+    """Leave the records of a published fusion: with its scores, or else not promoted."""
     decided = plan_record(step, MEMBERS)
     service.records.put(decided.window, decided)
     if loss is not None:
@@ -37,6 +43,11 @@ def publish(
         commit="c", weights_hash="w", model_name="m", version=str(version),
     )  # fmt: skip
     service.records.put(decided.window, record)
+    if loss is None:
+        as_good = PromotionRecord(
+            fusion=decided.fusion, step=step, number=version, promoted=False, reason="as good"
+        )
+        service.records.put(decided.fusion, as_good)
     return record
 
 
