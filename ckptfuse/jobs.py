@@ -175,6 +175,13 @@ _idle_lock = threading.Lock()
 os.register_at_fork(after_in_child=_idle.clear)
 
 
+def prepare() -> None:
+    """Let a fork server load while this process does something else."""
+    with _idle_lock:
+        if not any(server.is_alive() for server in _idle):
+            _idle.append(_ForkServer())
+
+
 @contextmanager
 def _fork_server() -> Iterator[_ForkServer]:
     """A fork server to ourselves; kept for the next job unless this one was broken off."""

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from ckptfuse import blocks as blocks_module
-from ckptfuse import packing
+from ckptfuse import jobs, packing
 from ckptfuse.blocks import block_digest
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.conversion import model_config
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.cut import Cut
 from ckptfuse.errors import CkptfuseError
-from ckptfuse.jobs import run_job
 from ckptfuse.layouts import read_layout
 from ckptfuse.params import CorpusParams, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
@@ -73,6 +72,7 @@ def score_once(
     corpus_params = CorpusParams.of(corpora)
     corpus = read_corpus(corpus_params, whole=True)
     documents = documents_of(corpus, split, corpus_params) if split else corpus.domains
+    jobs.prepare()  # while the text is tokenised
     source = load_tokenizer(open_store(tokenizer or model or checkpoint))
     with tempfile.TemporaryDirectory() as folder:
         name = _digest(corpus, source.digest, split, cut)
@@ -88,7 +88,7 @@ def score_once(
             converter=converter,
             model=model,
         )
-        (answer,) = run_job(request, progress=progress)
+        (answer,) = jobs.run_job(request, progress=progress)
         if answer.failed is not None or answer.fingerprint is None:
             raise CkptfuseError(answer.failed.reason if answer.failed else "nothing was scored")
         key = score_key(model_id=answer.fingerprint, blocks=name, numerics=request.numerics)

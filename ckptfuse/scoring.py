@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
-from ckptfuse import conversion, packing
+from ckptfuse import conversion, jobs, packing
 from ckptfuse.blocks import block_digest
 from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Progress, Split, documents_of
 from ckptfuse.devices import slots, visible_gpus
 from ckptfuse.errors import CorpusError
-from ckptfuse.jobs import ModelScores, run_jobs
+from ckptfuse.jobs import ModelScores
 from ckptfuse.losses import Estimate, Losses
 from ckptfuse.meter import Meter
 from ckptfuse.params import Params, ScoringParams
@@ -136,6 +136,7 @@ class Scorer:
         progress: Callable[[Event], None] = lambda event: None,
     ) -> list[ModelScores]:
         """Score models on the given splits, in one job for each GPU or in one on a CPU."""
+        jobs.prepare()  # while the text is tokenised
         request = Request(
             models=tuple(models),
             blocks=tuple(self.block_set(tokenizer, split) for split in splits),
@@ -152,7 +153,7 @@ class Scorer:
             scratch=str(self.folder),
         )
         gpus = self.params.scoring.gpus_per_job
-        answers = run_jobs(request, slots(self.numerics.device_class, gpus), progress=progress)
+        answers = jobs.run_jobs(request, slots(self.numerics.device_class, gpus), progress=progress)
         seconds = sum(answer.scored.seconds for answer in answers if answer.scored)
         self.meter.add(hours=seconds * gpus / 3600, models=len(models))
         return answers

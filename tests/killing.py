@@ -26,8 +26,8 @@ from typing import Any
 import mlflow.transformers  # noqa: F401 - the slow imports, once, before any fork
 from mlflow import MlflowClient
 
+import ckptfuse.jobs
 import ckptfuse.merge.folder
-import ckptfuse.scoring
 import tasks.ledger
 import tasks.registry
 import tasks.retention
@@ -72,7 +72,7 @@ class Killer:
 
     def install(self) -> None:
         self.wrap(Records, "put", lambda _, key, record, *rest: f"record {record.kind}")
-        self.wrap(ckptfuse.scoring, "run_jobs", lambda *_, **__: "scoring job")
+        self.wrap(ckptfuse.jobs, "run_jobs", lambda *_, **__: "scoring job")
         self.wrap(ckptfuse.merge.folder._Work, "merge_missing", lambda *_, **__: "weights written")
         self.wrap(ckptfuse.merge.folder, "write_companions", lambda *_: "configuration written")
         self.wrap(ckptfuse.merge.folder, "_rename", lambda *_: "weights renamed")

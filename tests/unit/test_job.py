@@ -252,6 +252,16 @@ def test_jobs_of_one_process_share_what_they_load_and_nothing_else(
     assert children.read_text() == ""
 
 
+def test_a_job_takes_the_server_that_was_prepared_for_it(
+    tmp_path: Path, llamas: list[Path]
+) -> None:
+    jobs.prepare()
+    jobs.prepare()
+    (server,) = jobs._idle
+    run_job(request_of(tmp_path, checkpoint(llamas[0])))
+    assert jobs._idle == [server]
+
+
 def test_a_job_takes_this_processs_environment_and_folder_as_they_are_now(
     tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
