@@ -5,8 +5,6 @@ A folder is named by the blocks' digest, and is written once (packing.py makes t
 
 import json
 import os
-import shutil
-import uuid
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 
 from ckptfuse.cut import Cut
 from ckptfuse.digests import digest
+from ckptfuse.new_folder import new_folder
 
 _ARRAYS = ("tokens", "starts", "lengths", "context", "domain", "document", "bytes")
 
@@ -62,18 +61,11 @@ def block_digest(*, corpus: str, tokenizer: str, split: str, cut: Cut) -> str:
 
 def save(blocks: Blocks, folder: Path) -> None:
     """Write blocks to ``folder``, which appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    for name in _ARRAYS:
-        np.save(temporary / f"{name}.npy", getattr(blocks, name))
-    about = {"digest": blocks.digest, "domains": blocks.domains}
-    (temporary / "blocks.json").write_text(json.dumps(about))
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process made the same blocks first
-        shutil.rmtree(temporary)
-        if not (folder / "blocks.json").is_file():
-            raise
+    with new_folder(folder, last="blocks.json") as new:
+        for name in _ARRAYS:
+            np.save(new / f"{name}.npy", getattr(blocks, name))
+        about = {"digest": blocks.digest, "domains": blocks.domains}
+        (new / "blocks.json").write_text(json.dumps(about))
 
 
 def load(folder: str | os.PathLike[str]) -> Blocks:

@@ -129,7 +129,7 @@ def _score_model(
         engine = (
             _command_engine(model, request, todo)
             if request.command
-            else (_own_engine(index, read, request, todo, where))
+            else _own_engine(index, read, request, todo, where)
         )
         for item, blocks, found in engine:
             losses = losses_of(blocks, found.nll)

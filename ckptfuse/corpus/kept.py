@@ -5,8 +5,6 @@ of it can be made again at any time.
 """
 
 import json
-import shutil
-import uuid
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 from ckptfuse.corpus.draw import DRAW, Corpus, Progress, Source, jsonl, read_corpus
 from ckptfuse.corpus.files import find_files
 from ckptfuse.digests import digest
+from ckptfuse.new_folder import new_folder
 from ckptfuse.params import CorpusParams
 from ckptfuse.store import FolderStore
 
@@ -72,16 +71,10 @@ class KeptCorpus:
 
 def _keep(corpus: Corpus, folder: Path) -> None:
     """Write a corpus to ``folder``, which appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    store = FolderStore(temporary)
-    for name, documents in corpus.domains.items():
-        store.write(f"{name}.jsonl", jsonl(documents))
-    sources = {name: asdict(source) for name, source in corpus.sources.items()}
-    about = {"digest": corpus.digest, "sources": sources}
-    store.write("about.json", json.dumps(about).encode())
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process kept the same corpus first
-        shutil.rmtree(temporary)
-        if not (folder / "about.json").is_file():
-            raise
+    with new_folder(folder, last="about.json") as new:
+        store = FolderStore(new)
+        for name, documents in corpus.domains.items():
+            store.write(f"{name}.jsonl", jsonl(documents))
+        sources = {name: asdict(source) for name, source in corpus.sources.items()}
+        about = {"digest": corpus.digest, "sources": sources}
+        store.write("about.json", json.dumps(about).encode())
