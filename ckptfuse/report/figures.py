@@ -98,7 +98,7 @@ def predictions(seen: Overview) -> str:
     axes.errorbar(steps, misses, errors, color=FUSED, fmt="o", ms=3, lw=0.8)
     axes.axhline(0, color="#444", lw=0.8)
     axes.set_xlabel("training step")
-    axes.set_ylabel("measured - predicted (nats)")
+    axes.set_ylabel("measured - predicted\n(nats)")
     return _svg(figure)
 
 
