@@ -179,10 +179,12 @@ class _Work:
         """What else belongs to the folder; then it appears. Returns all its files."""
         place = self.place
         contents = write_companions(self.inputs, spec, place, weights)
-        for path in _journals(place):
-            place.delete(path)
         if isinstance(self.target, FolderStore) and isinstance(place, FolderStore):
+            _remove_others(place.root, contents)
             _rename(place.root, self.target.root)
+        else:
+            for path in _journals(place):
+                place.delete(path)
         return contents
 
     @contextmanager
@@ -200,6 +202,13 @@ class _Work:
                 for path in [*_done(place, self.key), *_journals(place)]:
                     place.delete(path)
             raise
+
+
+def _remove_others(folder: Path, contents: Contents) -> None:
+    """Journals, and temporary files of a try that was killed: they would be part of the model."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in contents:
+            path.unlink()
 
 
 def _rename(temporary: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ConfigurationError, NonFiniteValues, StoreError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec, Recipe
-from ckptfuse.merge.folder import JOURNAL, merge_shard, write_fusion
+from ckptfuse.merge.folder import JOURNAL, merge_shard, unfinished_folder, write_fusion
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.merge.once import merge_once
@@ -23,7 +23,7 @@ from ckptfuse.merge.output_files import OutputFile
 from ckptfuse.merge.passes import Pass
 from ckptfuse.reading import load
 from ckptfuse.store import FolderStore, S3Store, open_store
-from ckptfuse.store.folder import _Reader
+from ckptfuse.store.folder import TEMPORARY_PREFIX, _Reader
 from tests.helpers import CONFIG, bits, folder_bytes, write_checkpoint
 from tests.servers import S3Server
 from tests.unit.test_merge import WEIGHTS, opened, three, write_unaligned
@@ -251,6 +251,8 @@ def test_shards_that_workers_merge_are_taken_up_by_the_one_who_ends_it(tmp_path:
         made = merge_shard(inputs, spec, target, shard, 2)
         assert made == {name: whole[name] for name in made}
         assert not target.root.exists()
+    unfinished = unfinished_folder(target.root, spec.id)
+    (unfinished / f"{TEMPORARY_PREFIX}of-a-killed-worker").touch()
     assert write_fusion(inputs, spec, target) == whole
     assert folder_bytes(target.root) == folder_bytes(tmp_path / "whole")
     with pytest.raises(ConfigurationError, match="shard 2 of 2"):
