@@ -1,6 +1,10 @@
-"""Llama-shaped checkpoints of random bf16 weights, made once and kept between runs."""
+"""Llama-shaped checkpoints of random bf16 weights, made once and kept between runs.
+
+python -m bench.checkpoints FOLDER
+"""
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,3 +93,8 @@ def _config(shape: Shape) -> dict[str, object]:
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     }
+
+
+if __name__ == "__main__":
+    make_window(Path(sys.argv[1]), SMALL, 8)
+    make_window(Path(sys.argv[1]), LARGE, 4)

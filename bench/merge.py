@@ -185,8 +185,10 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments.folder.resolve(), arguments.mergekit.resolve())
     shutil.rmtree(bench.out, ignore_errors=True)
+    # In processes of their own: what memory they take would count in those that come from this one.
+    run([sys.executable, "-m", "bench.checkpoints", str(bench.folder)])
     copying = "from bench.merge import memory_copy_rate; print(memory_copy_rate())"
-    rate = float(run([sys.executable, "-c", copying]).output)  # its memory would count in children
+    rate = float(run([sys.executable, "-c", copying]).output)
     about = {**machine(), "memory copy": f"{rate:.1f} GB/s"}
     for case in CASES:
         bench.measure(case, arguments.runs)

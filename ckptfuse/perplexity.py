@@ -25,7 +25,7 @@ from ckptfuse.errors import CkptfuseError
 from ckptfuse.token_losses import TokenLosses
 
 #: Tokens of one forward pass on a CPU: enough for the matrix products, few enough for the caches.
-CPU_BATCH_TOKENS = 4_096
+CPU_BATCH_TOKENS = 2_048
 #: On a GPU: what fits into this part of the free memory, as measured on one block, at most so many.
 GPU_SHARE = 0.7
 GPU_BATCH_TOKENS = 262_144

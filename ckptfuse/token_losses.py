@@ -1,23 +1,26 @@
 """Negative log-likelihood of predicted tokens, without logits of batch x length x vocabulary.
 
-    tokens [B, n] --backbone--> hidden states [N, H] --head, C positions at a time--> logits [C, V]
-                                                                                        |
-    nll of each block [B], float64  <-----------------------------------------  nll [C], float32
+    tokens [B, n] --backbone--> hidden [N, H] --head, C of V tokens at a time--> logits [N, C]
+                                                                                   |
+    nll of each block [B]  <--- log sum exp over all V - logit of the target, float64 --+
 
 The head is the model's own code, whatever it does to its logits (Gemma's soft cap, Cohere's
-scale): the model is called with a backbone that answers with the hidden states of one chunk.
-A model that this does not suit, found by trying it, is called as a whole.
+scale): the model is called with a backbone that answers with the hidden states, and with the rows
+of its output embeddings that belong to C tokens. A model that this does not suit, found by trying
+it, is called as a whole.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-#: float32 logits of one chunk. On a CPU they should stay near the caches; a GPU needs many
-#: positions a chunk, or it spends its time on reading the head's weights.
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+#: float32 logits at a time. On a CPU they stay in the caches; a GPU wants large matrix products.
+TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
+
+#: The first token that logits [N, C] are of, and those logits.
+Tile = tuple[int, torch.Tensor]
 
 
 class TokenLosses:
@@ -26,10 +29,9 @@ class TokenLosses:
     def __init__(self, model: Any, *, vocabulary: int) -> None:
         self._model = model
         self.device = next(model.parameters()).device
-        kind = "cpu" if self.device.type == "cpu" else "cuda"
-        self._chunk = max(CHUNK_BYTES[kind] // (4 * vocabulary), 1)
+        self._tile_bytes = TILE_BYTES["cpu" if self.device.type == "cpu" else "cuda"]
         probe = torch.arange(8, device=self.device).remainder(vocabulary).reshape(2, 4)
-        self._logits = self._by_chunks if self._suits(probe) else self._whole
+        self._losses = self._by_tiles if self._suits(probe) else self._by_rows
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor, context: int) -> torch.Tensor:
@@ -38,52 +40,61 @@ class TokenLosses:
         ``tokens`` int64 [B, n]: all but the first ``context`` of each row are predicted.
         """
         tokens = tokens.to(self.device)
-        targets = tokens[:, context:]
-        flat = targets.reshape(-1)
-        losses = torch.empty(flat.shape, dtype=torch.float32, device=self.device)
-        done = 0
-        for logits in self._logits(tokens[:, :-1], context - 1):
-            end = done + len(logits)
-            losses[done:end] = torch.nn.functional.cross_entropy(
-                logits.float(), flat[done:end], reduction="none"
-            )
-            done = end
-        return losses.reshape(targets.shape).double().sum(dim=1).cpu()
+        return self._losses(tokens[:, :-1], tokens[:, context:]).sum(dim=1).cpu()
 
-    def _whole(self, inputs: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
-        """Logits [n - first, V] of each row, from the model as it is."""
-        for row in self._model(input_ids=inputs, use_cache=False).logits:
-            yield row[first:].to(self.device)
+    def _by_rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """float64 [B, n - context], from the logits of the model as it is."""
+        logits = self._model(input_ids=inputs, use_cache=False).logits[:, -targets.shape[1] :]
+        rows = zip(logits, targets, strict=True)
+        return torch.stack([_losses([(0, row.to(self.device))], wanted) for row, wanted in rows])
 
-    def _by_chunks(self, inputs: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
-        """Logits [C, V] of all rows' positions from ``first`` on, C at a time."""
-        backbone = self._model.base_model
+    def _by_tiles(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The same from the head, on some of the vocabulary at a time."""
+        width = max(self._tile_bytes // (4 * targets.numel()), 1)
+        tiles = self._tiles(inputs, targets.shape[1], width)
+        return _losses(tiles, targets.reshape(-1)).reshape(targets.shape)
+
+    def _tiles(self, inputs: torch.Tensor, last: int, width: int) -> Iterator[Tile]:
+        """Logits at the last positions of all rows, of ``width`` tokens at a time."""
+        backbone, head = self._model.base_model, self._model.get_output_embeddings()
         output = backbone(input_ids=inputs, use_cache=False)
-        hidden = output.last_hidden_state[:, first:]
-        hidden = hidden.reshape(1, -1, hidden.shape[-1])
-        positions = inputs[:, first:].reshape(1, -1)
+        hidden = output.last_hidden_state[:, -last:]
+        output.last_hidden_state = hidden.reshape(1, -1, hidden.shape[-1])
+        positions = inputs[:, -last:].reshape(1, -1)
+        size = len(head.weight)
         with _answering(backbone, lambda: output):
-            for start in range(0, hidden.shape[1], self._chunk):
-                part = slice(start, start + self._chunk)
-                output.last_hidden_state = hidden[:, part]
-                logits = self._model(input_ids=positions[:, part], use_cache=False).logits
-                yield logits[0].to(self.device)  # of a model that is spread over several
+            for start in range(0, size, width):
+                with _only(head, slice(start, min(start + width, size))):
+                    logits = self._model(input_ids=positions, use_cache=False).logits
+                yield start, logits[0].to(self.device)  # of a model that is spread over several
 
     @torch.inference_mode()
     def _suits(self, inputs: torch.Tensor) -> bool:
-        """Whether the head alone, on hidden states, gives what the whole model gives."""
+        """Whether the head on parts of the vocabulary gives what the whole model gives."""
         if self._model.base_model is self._model:
             return False
+        whole = self._model(input_ids=inputs, use_cache=False).logits.to(self.device)
         try:
-            chunks = torch.cat(list(self._by_chunks(inputs, 1)))
+            tiles = self._tiles(inputs, inputs.shape[1], whole.shape[-1] // 2 + 1)
+            parts = torch.cat([logits for _, logits in tiles], dim=1).reshape(whole.shape)
         except Exception:  # an architecture may do anything here, and the whole model is right
             return False
-        whole = torch.cat(list(self._whole(inputs, 1)))
-        if chunks.shape != whole.shape:
-            return False
         tolerance = 1e-4 if whole.dtype == torch.float32 else 2e-2
-        difference = (chunks.float() - whole.float()).abs().max()
+        difference = (parts.float() - whole.float()).abs().max()
         return bool(difference <= tolerance * whole.abs().max())
+
+
+def _losses(tiles: Iterable[Tile], targets: torch.Tensor) -> torch.Tensor:
+    """Of each target [N], float64, from tiles that together have the logits of every token."""
+    total = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=targets.device)
+    chosen = torch.zeros_like(total)
+    for start, logits in tiles:
+        total = torch.logaddexp(total, logits.float().logsumexp(dim=1).double())
+        column = targets - start
+        here = (column >= 0) & (column < logits.shape[1])
+        found = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        chosen = torch.where(here, found.double(), chosen)
+    return total - chosen
 
 
 @contextmanager
@@ -98,3 +109,16 @@ def _answering(module: torch.nn.Module, answer: Callable[[], Any]) -> Iterator[N
             del module.forward
         else:
             module.forward = own
+
+
+@contextmanager
+def _only(head: torch.nn.Module, rows: slice) -> Iterator[None]:
+    """Within, the head has these rows of its weight, and of its bias if it has one."""
+    whole = dict(head.named_parameters(recurse=False))
+    for name, value in whole.items():
+        setattr(head, name, torch.nn.Parameter(value[rows], requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, value in whole.items():
+            setattr(head, name, value)

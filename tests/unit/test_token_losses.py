@@ -1,4 +1,4 @@
-"""Chunked heads: the same losses as the whole model's, for whatever architecture."""
+"""Heads on parts of the vocabulary: the same losses as the whole model's, whatever the model."""
 
 import pytest
 import torch
@@ -43,10 +43,10 @@ def reference(model: torch.nn.Module, tokens: torch.Tensor, context: int) -> tor
 
 
 @pytest.mark.parametrize("context", [1, 5])
-def test_the_losses_of_a_chunked_head_are_those_of_the_whole_model(
+def test_the_losses_of_a_head_in_parts_are_those_of_the_whole_model(
     model: torch.nn.Module, context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * 96 * 7})
+    monkeypatch.setattr(module, "TILE_BYTES", {"cpu": 4 * 33 * 7})
     tokens = torch.randint(0, 96, (3, 16), generator=torch.Generator().manual_seed(1))
     found = TokenLosses(model, vocabulary=96)(tokens, context)
     assert found.dtype == torch.float64
@@ -59,7 +59,7 @@ def test_the_usual_architectures_never_make_the_logits_of_a_batch(
 ) -> None:
     config = AutoConfig.for_model(name, **{**SMALL, **ARCHITECTURES[name]})
     network = AutoModelForCausalLM.from_config(config).eval()
-    monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * 96 * 16})
+    monkeypatch.setattr(module, "TILE_BYTES", {"cpu": 4 * 96 * 16})
     losses = TokenLosses(network, vocabulary=96)
     largest = 0
 
@@ -69,13 +69,15 @@ def test_the_usual_architectures_never_make_the_logits_of_a_batch(
 
     network.get_output_embeddings().register_forward_hook(watch)
     losses(torch.zeros(8, 16, dtype=torch.int64), 1)
-    assert largest == 16 * 96
+    assert largest == 8 * 15 * (4 * 96 * 16 // (4 * 8 * 15))
 
 
-def test_a_backbone_is_left_as_it_was(model: torch.nn.Module) -> None:
+def test_a_model_is_left_as_it_was(model: torch.nn.Module) -> None:
     before = dict(model.base_model.__dict__)
+    weight = model.get_output_embeddings().weight
     TokenLosses(model, vocabulary=96)(torch.zeros(1, 4, dtype=torch.int64), 1)
     assert model.base_model.__dict__.keys() == before.keys()
+    assert model.get_output_embeddings().weight is weight
 
 
 class Memory(torch.nn.Module):
