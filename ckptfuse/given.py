@@ -3,17 +3,18 @@
 What is not named comes from a params.yaml where there is one, else from the defaults.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from ckptfuse.checkpoints import CONFIG
 from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
-from ckptfuse.layouts import read_layout
-from ckptfuse.listing import Conventions, find
+from ckptfuse.names import parse_name
 from ckptfuse.params import CorpusParams, Domain, DomainBudget, Params, ScoringParams
-from ckptfuse.store import is_s3, open_store
+from ckptfuse.store import Store, is_s3, open_store
 
 #: Tokens of text out of distribution in the selection split, where it decides nothing.
 IDLE_TOKENS = 2_048
@@ -38,7 +39,7 @@ def params_given(
     scoring = base.scoring
     usual = ScoringParams.model_fields["block_length"].default
     if scoring.block_length == usual:
-        fitting = min(usual, _longest_context(uri, base) or usual)
+        fitting = min(usual, _longest_context(open_store(uri), base.watch.pattern) or usual)
         scoring = scoring.model_copy(update={"block_length": fitting})
     trajectory = base.trajectory
     if trajectory == Params.model_fields["trajectory"].default:
@@ -82,13 +83,14 @@ def _absolute(path: str) -> str:
     return path if is_s3(path) else str(Path(path).resolve())
 
 
-def _longest_context(uri: str, base: Params) -> int | None:
-    """The positions that the first checkpoint's model knows, where its configuration says it."""
-    listing = find(open_store(uri), Conventions(base.watch.pattern, settle_seconds=0.0))
-    if not listing.complete:
-        raise ConfigurationError(
-            f"{uri}: no complete checkpoint there; folders such as checkpoint-1000 are expected "
-            "(others: watch.pattern in params.yaml)"
-        )
-    longest = read_layout(listing.complete[0]).config.get("max_position_embeddings")
-    return longest if isinstance(longest, int) else None
+def _longest_context(bucket: Store, pattern: str | None) -> int | None:
+    """The positions that a checkpoint's model knows, where its configuration says it."""
+    for entry in bucket.list(""):
+        name, _, path = entry.path.partition("/")
+        if path == CONFIG and parse_name(name, pattern) is not None:
+            try:
+                longest = json.loads(bucket.read(entry.path))["max_position_embeddings"]
+            except (ValueError, KeyError, TypeError):  # no model's, or half written: try another
+                continue
+            return longest if isinstance(longest, int) else None
+    return None

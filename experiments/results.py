@@ -29,13 +29,37 @@ def write_results(place: Place, folder: Path) -> Path:
         "targets": [asdict(target) for target in judged],
         "runs": [asdict(run) for run in place.runs()],
         "trajectories": {
-            name: {**found["checks"], "study": found["study"]} for name, found in results.items()
+            name: {**found["checks"], "study": _without_cases(found["study"])}
+            for name, found in results.items()
         },
     }
-    (folder / "results.json").write_text(json.dumps(values, separators=(",", ":")) + "\n")
+    (folder / "results.json").write_text(json.dumps(_rounded(values), separators=(",", ":")) + "\n")
     page = folder / "results.md"
     page.write_text(_page(place, results, judged, about))
     return page
+
+
+def _without_cases(study: Row) -> dict[str, Any]:
+    """A study with the losses of each window's rules alone; the tables say the rest."""
+    windows = [
+        {
+            "steps": [window["steps"][0], window["steps"][-1]],
+            "size": len(window["steps"]),
+            "kind": window["kind"],
+            "loss": {case["rule"]: case["loss"] for case in window["rules"]},
+            "weights": _row(window["rules"], RULE)["weights"],
+        }
+        for window in study["windows"]
+    ]
+    return {**study, "windows": windows}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _page(place: Place, results: Results, judged: Sequence[Target], about: Row) -> str:

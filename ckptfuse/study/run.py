@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.checkpoints import check_bucket_uri, open_checkpoint
 from ckptfuse.corpus import SPLITS
 from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.layouts import read_layout
@@ -16,11 +16,13 @@ from ckptfuse.records import CheckpointRecord
 from ckptfuse.service import Service, losses_of, open_service
 from ckptfuse.steps.look import discover, load_state, next_actions, quarantine
 from ckptfuse.steps.score import score_checkpoints
+from ckptfuse.store import open_store
 from ckptfuse.study.cases import Point, Study, Views, views_of
 from ckptfuse.study.choices import RuleChoice
 from ckptfuse.study.compute import Scale
 from ckptfuse.study.measure import study_window
 from ckptfuse.window import Window, in_order, windows
+from ckptfuse.workspace import Workspace
 
 #: Told what is going on.
 Say = Callable[[str], None]
@@ -58,7 +60,13 @@ def run_study(
             raise CkptfuseError(
                 f"{service.workspace.root}: another process is at work there; try again later"
             )
+        _check_folder(service)
         checkpoints = scored_checkpoints(service, say)
+        if not checkpoints:
+            raise ConfigurationError(
+                f"{params.bucket}: no complete checkpoint there; folders such as checkpoint-1000 "
+                "are expected (others: watch.pattern in params.yaml)"
+            )
         views = views_of(params.corpus.domains)
         decay = _branch(service, branch, checkpoints, views, say) if branch else ()
         also = [c.step for c in checkpoints if decay and c.step < decay[0].step][-1:]
@@ -75,6 +83,17 @@ def run_study(
             places=tuple(places),
             scale=_scale(service, checkpoints[-1], plan.tokens_per_step),
         )
+
+
+def _check_folder(service: Service) -> None:
+    """Refuse to mix two trajectories: one would be taken for a rollback of the other."""
+    bucket = open_store(check_bucket_uri(service.params.bucket)).uri.rstrip("/")
+    for record in service.records.all(CheckpointRecord).values():
+        if not record.uri.startswith(f"{bucket}/"):
+            raise ConfigurationError(
+                f"{service.workspace.root} holds what was measured of {record.uri}; for {bucket} "
+                "name another folder"
+            )
 
 
 def scored_checkpoints(service: Service, say: Say) -> list[CheckpointRecord]:
@@ -110,21 +129,22 @@ def choose_windows(
     ``limits`` are what else params.yaml says of windows. Raises ConfigurationError without any.
     """
     sizes = plan.sizes or [s for s in DEFAULT_SIZES if s <= len(checkpoints)]
-    by_end: dict[str, list[Window]] = {}
+    by_end: dict[tuple[str, int], list[Window]] = {}  # bytes may come back at another step
     for size in sizes:
         full = limits.model_copy(update={"size": size, "minimum": size})
         for window in windows(checkpoints, full):
-            by_end.setdefault(window.newest.fingerprint, []).append(window)
+            by_end.setdefault((window.newest.fingerprint, window.step), []).append(window)
     complete = [found for found in by_end.values() if len(found) == len(sizes)]
     complete.sort(key=lambda found: (found[0].newest.generation, found[0].step))
-    if not sizes or not complete:
-        wanted = f"windows of {', '.join(map(str, sizes))} checkpoints" if sizes else "any window"
+    steps = [found[0].step for found in complete]
+    ends = _spread(steps, plan.positions) if plan.ends is None else plan.ends
+    chosen = [w for found in complete if found[0].step in {*ends, *also} for w in found]
+    if not chosen:
+        wanted = f"windows of {', '.join(map(str, sizes))}" if sizes else "a window of 4"
         raise ConfigurationError(
             f"{len(checkpoints)} checkpoints are healthy: too few for {wanted} in one segment"
         )
-    steps = [found[0].step for found in complete]
-    ends = _spread(steps, plan.positions) if plan.ends is None else plan.ends
-    return [w for found in complete if found[0].step in {*ends, *also} for w in found]
+    return chosen
 
 
 def _spread(steps: Sequence[int], count: int) -> list[int]:
@@ -149,9 +169,8 @@ def _branch(
 ) -> tuple[Point, ...]:
     """The decay branch on the same text, without what it has in common with the trajectory."""
     workspace = str(Path(service.params.workspace) / "branch")
-    other = open_service(
-        service.params.model_copy(update={"bucket": bucket, "workspace": workspace})
-    )
+    params = service.params.model_copy(update={"bucket": bucket, "workspace": workspace})
+    other = Service(params, Workspace(Path(workspace)))
     shared = {checkpoint.fingerprint for checkpoint in trunk}
     own = [c for c in scored_checkpoints(other, say) if c.fingerprint not in shared]
     if not own or own[0].step <= trunk[0].step:
