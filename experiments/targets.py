@@ -215,7 +215,7 @@ def _where(name: str, window: Mapping[str, Any]) -> str:
 def _worst(found: Sequence[tuple[Any, ...]], what: str, limit: float) -> str:
     if not found:
         return f"no {what}"
-    value, where = max(found)[:2]
+    value, where = max(found, key=lambda item: float(item[0]))[:2]
     missed = sum(item[0] > limit for item in found)
     return f"at most {value:+.4f} ({where}) in {len(found)} {what}; {missed} above {limit:g}"
 

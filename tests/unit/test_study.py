@@ -24,7 +24,7 @@ falling = st.lists(st.floats(0.01, 1.0), min_size=2, max_size=12).map(
 # -- compute saved -----------------------------------------------------------------------------
 
 
-@given(curve=falling, share=st.floats(0, 1), place=st.integers(0, 10))
+@given(curve=falling, share=st.floats(0, 0.999), place=st.integers(0, 10))
 def test_a_loss_between_two_points_is_reached_in_proportion(
     curve: list[tuple[float, float]], share: float, place: int
 ) -> None:
@@ -81,7 +81,8 @@ def test_a_decay_branch_begins_at_the_checkpoint_it_was_taken_from() -> None:
 
 def model(loss: float, other: float = 0.0, seed: int = 0) -> Losses:
     """40 documents of ten tokens in each of two domains; noise of the documents' own."""
-    hard = np.random.default_rng(1).normal(0, 2, 80)
+    hard = np.random.default_rng(1).normal(0, 2, (2, 40))
+    hard = (hard - hard.mean(axis=1, keepdims=True)).ravel()
     own = np.random.default_rng(seed).normal(0, 0.1, 80)
     level = np.repeat([10 * loss, 10 * (other or loss)], 40)
     domain = np.repeat([0, 1], 40)
@@ -191,7 +192,7 @@ def chosen(plan: Plan, count: int = 10, also: tuple[int, ...] = ()) -> list[tupl
 
 def test_windows_of_every_length_end_at_the_same_steps() -> None:
     assert chosen(Plan((), (2, 5), positions=3)) == [
-        (2, 50), (5, 50), (2, 80), (5, 80), (2, 100), (5, 100)
+        (2, 50), (5, 50), (2, 70), (5, 70), (2, 100), (5, 100)
     ]  # fmt: skip
     assert chosen(Plan((), (2,), positions=1)) == [(2, 100)]
     assert chosen(Plan((), (9,), positions=50)) == [(9, 90), (9, 100)]
