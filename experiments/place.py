@@ -63,7 +63,7 @@ class Place:
     def corpus(self) -> CorpusParams:
         """Held-out text of the training distribution sets weights; the other text none."""
         share = 8 if self.tiny else 1
-        tokens = {"selection": 8_192 // share, "audit": 32_768 // share, "report": 16_384 // share}
+        tokens = {"selection": 8_192 // share, "audit": 24_576 // share, "report": 12_288 // share}
         idle = {"selection": 1_024, "audit": 8_192 // share, "report": 1_024}
         domains: dict[str, object] = {"python": {"path": str(self.texts / "python.jsonl")}}
         for name in OUTSIDE:

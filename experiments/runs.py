@@ -22,7 +22,7 @@ class Run:
     layers: int = 2
     rate: float = 3e-3
     blocks: int = 4  # training examples in a step
-    every: int = 25  # steps between saves
+    every: int = 20  # steps between saves
     saves: int = 48
     schedule: Literal["constant", "cosine"] = "constant"
     branch: int | None = None
@@ -81,13 +81,13 @@ class Trajectory:
 ALL_SIZES = (5, 8, 12, 20)
 
 RUNS = (
-    Run("medium", hidden=128, layers=4, every=20, saves=40, branch=30),
+    Run("medium", hidden=128, layers=4, every=16, saves=40, branch=30),
     Run("constant", branch=40),
-    Run("low-noise", rate=1.5e-3, blocks=12, every=16),
+    Run("low-noise", rate=1.5e-3, blocks=12, every=12),
     Run("mixtral", architecture="mixtral"),
     Run("seed-1", branch=40, seed=1),
     Run("spikes", bursts=(28, 38, 47), seed=2),
-    Run("high-noise", rate=6e-3, blocks=2, every=40),
+    Run("high-noise", rate=6e-3, blocks=2, every=32),
     Run("cosine", schedule="cosine"),
     Run("gpt-neox", architecture="gpt_neox"),
 )
