@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-faults bench-merge bench-merge-s3 bench-score clean
+.PHONY: help setup demo test lint test-faults bench-merge bench-merge-s3 bench-score experiments clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -51,6 +51,9 @@ bench-merge-s3: $(READY) ## the merge from S3, on loopback, against bare ranged 
 
 bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (10 min)
 	$(BIN)/python -m bench.score
+
+experiments: $(READY) ## the reference study: trains, compares all rules, writes experiments/results.md (an hour)
+	$(BIN)/python -m experiments
 
 $(VENV)/mergekit/.ready: bench/mergekit-constraints.txt
 	"$(BIN)/python" -m venv --clear $(VENV)/mergekit

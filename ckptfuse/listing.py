@@ -9,7 +9,7 @@ Nothing here reads weights: headers come by ranged reads.
 
 import time
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
 from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, MissingFile
@@ -38,6 +38,20 @@ class Listing:
     damaged: tuple[Refused, ...] = ()
     #: Signature -> architecture, of the checkpoints whose headers were read in this look.
     architectures: Mapping[str, str] = field(default_factory=dict)
+
+    def between(self, first: int | None, last: int | None) -> "Listing":
+        """What it holds from step ``first`` to ``last``, both included; None: no such limit."""
+
+        def inside(checkpoint: Checkpoint) -> bool:
+            step = checkpoint.step
+            return (first is None or step >= first) and (last is None or step <= last)
+
+        return replace(
+            self,
+            complete=tuple(c for c in self.complete if inside(c)),
+            incomplete=tuple(r for r in self.incomplete if inside(r.checkpoint)),
+            damaged=tuple(r for r in self.damaged if inside(r.checkpoint)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

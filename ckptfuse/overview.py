@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ckptfuse.corpus import Split
+from ckptfuse.curves import first_reached
 from ckptfuse.gate import best_member
 from ckptfuse.losses import combine
 from ckptfuse.promotion import champion
@@ -134,20 +135,9 @@ def _loss(service: Service, model_id: str, tokenizer: str, split: Split) -> floa
 
 
 def steps_saved(rows: Iterable[Row], fused: Row) -> int | None:
-    """Further steps until the raw trajectory first reaches a fusion's loss; None if it has not.
-
-    Linear between the two checkpoints around the crossing.
-    """
+    """Further steps until the raw trajectory first reaches a fusion's loss; None if it has not."""
     if fused.fused is None:
         return None
-    before: Row | None = None
-    for row in rows:
-        if row.loss is None or row.step < fused.step:
-            continue
-        if row.loss <= fused.fused:
-            if before is None or before.loss is None:
-                return row.step - fused.step
-            share = (before.loss - fused.fused) / (before.loss - row.loss)
-            return round(before.step + share * (row.step - before.step)) - fused.step
-        before = row
-    return None
+    later = [(r.step, r.loss) for r in rows if r.loss is not None and r.step >= fused.step]
+    reached = first_reached(later, fused.fused)
+    return None if reached is None else round(reached) - fused.step

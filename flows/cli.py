@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from ckptfuse.errors import CkptfuseError
-from flows.commands import by_hand, published, service, stages
+from flows.commands import by_hand, finished, published, service, stages
 from flows.commands.console import stderr
 
 app = typer.Typer(
@@ -22,7 +22,6 @@ app = typer.Typer(
 )
 app.command()(service.watch)
 app.command()(service.fuse)
-app.command()(service.backfill)
 app.command()(service.veto)
 app.command()(service.status)
 app.command()(service.report)
@@ -30,6 +29,8 @@ app.command()(published.promote)
 app.command()(published.rollback)
 app.command()(published.verify)
 app.command()(published.prune)
+app.command()(finished.backfill)
+app.command()(finished.study)
 app.command()(by_hand.score)
 app.command()(by_hand.corpus)
 app.command()(by_hand.merge)

@@ -48,20 +48,24 @@ class Summary:
 
 
 @flow(name="watch", flow_run_name="watch", persist_result=False)
-def watch(params_file: str, live: bool = True) -> Summary:
-    """One look at the bucket, and everything that follows from it."""
+def watch(
+    params_file: str, live: bool = True, first: int | None = None, last: int | None = None
+) -> Summary:
+    """One look at the bucket, at steps ``first`` to ``last``, and everything that follows."""
     service = open_service(load_params(Path(params_file)))
     prepare(service.workspace.root)  # a worker of Prefect's has not been through our command line
     with service.workspace.lock() as mine:
         if not mine:
             log.info("another process is at work on this workspace; nothing done")
             return Summary(busy=True)
-        return _look(service, params_file, live)
+        return _look(service, params_file, live, first, last)
 
 
-def _look(service: Service, params_file: str, live: bool) -> Summary:
+def _look(
+    service: Service, params_file: str, live: bool, first: int | None, last: int | None
+) -> Summary:
     survey_corpus(service)
-    listing = discover(service)
+    listing = discover(service).between(first, last)
     summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
     try:
         while actions := plan_actions(service, listing, summary.held, live):

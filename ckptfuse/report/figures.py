@@ -1,23 +1,18 @@
 """The report's figures, as SVG text: losses over training, weights, gains by domain."""
 
-import io
 import math
 from collections.abc import Sequence
-
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ckptfuse.losses import Estimate
 from ckptfuse.notes import ENERGY, ENERGY_ERROR, domain_energies
 from ckptfuse.overview import Overview, Row
-
-RAW, BEST, FUSED = "#8a8f98", "#3b6ea8", "#c2452d"
+from ckptfuse.report import drawing
+from ckptfuse.report.drawing import BEST, FUSED, RAW
 
 
 def losses(seen: Overview) -> str:
     """Raw, best single and merged loss by training step; published fusions are filled."""
-    figure, axes = _axes(height=3.4)
+    figure, axes = drawing.axes(height=3.4)
     axes.plot(*_points(seen.rows, "loss"), color=RAW, marker="o", ms=3, label="raw checkpoint")
     axes.plot(*_points(seen.rows, "best_single"), color=BEST, lw=1, ls="--", label="best single")
     axes.plot(*_points(seen.rows, "fused"), color=FUSED, lw=1.6, label="merged")
@@ -31,13 +26,13 @@ def losses(seen: Overview) -> str:
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
-    return _svg(figure)
+    return drawing.svg(figure)
 
 
 def weights(seen: Overview) -> str:
     """For each fusion, the weight of every checkpoint it drew from."""
     planned = [row for row in seen.rows if row.plan is not None]
-    figure, axes = _axes(height=max(1.6, 0.28 * len(planned) + 0.9))
+    figure, axes = drawing.axes(height=max(1.6, 0.28 * len(planned) + 0.9))
     sources = sorted({m.step for row in planned for m in (row.plan.members if row.plan else [])})
     grid = [
         [{m.step: m.weight for m in row.plan.members}.get(step, 0.0) for step in sources]
@@ -51,25 +46,25 @@ def weights(seen: Overview) -> str:
     axes.set_ylabel("fusion at step")
     axes.grid(visible=False)
     figure.colorbar(image, ax=axes, label="weight")
-    return _svg(figure)
+    return drawing.svg(figure)
 
 
 def domain_gains(gains: dict[str, Estimate]) -> str:
     """Gain over the newest checkpoint by domain, with 95 % intervals."""
-    figure, axes = _axes(height=0.4 * len(gains) + 0.9)
+    figure, axes = drawing.axes(height=0.4 * len(gains) + 0.9)
     names = list(gains)
     means = [gains[name].mean for name in names]
     errors = [1.96 * gains[name].standard_error for name in names]
     axes.barh(names, means, xerr=errors, color=FUSED, ecolor="#444", height=0.5)
     axes.axvline(0, color="#444", lw=0.8)
     axes.set_xlabel("nats per token better than the newest checkpoint")
-    return _svg(figure)
+    return drawing.svg(figure)
 
 
 def noise_energy(seen: Overview) -> str:
     """The loss that one checkpoint's noise costs, by training step; thin: of each domain alone."""
     plans = [row.plan for row in seen.rows if row.plan and ENERGY in row.plan.notes]
-    figure, axes = _axes(height=2.6)
+    figure, axes = drawing.axes(height=2.6)
     steps = [plan.step for plan in plans]
     energies = [plan.notes[ENERGY] for plan in plans]
     errors = [2 * plan.notes.get(ENERGY_ERROR, 0.0) for plan in plans]
@@ -82,7 +77,7 @@ def noise_energy(seen: Overview) -> str:
     axes.set_xlabel("training step")
     axes.set_ylabel("noise energy (nats)")
     axes.legend(frameon=False, ncols=4)
-    return _svg(figure)
+    return drawing.svg(figure)
 
 
 def predictions(seen: Overview) -> str:
@@ -93,32 +88,15 @@ def predictions(seen: Overview) -> str:
         for merge in (row.plan.merges if row.plan else [])
         if merge.predicted is not None
     ]
-    figure, axes = _axes(height=2.2)
+    figure, axes = drawing.axes(height=2.2)
     steps, misses, errors = zip(*found, strict=True)
     axes.errorbar(steps, misses, errors, color=FUSED, fmt="o", ms=3, lw=0.8)
     axes.axhline(0, color="#444", lw=0.8)
     axes.set_xlabel("training step")
     axes.set_ylabel("measured - predicted\n(nats)")
-    return _svg(figure)
+    return drawing.svg(figure)
 
 
 def _points(rows: Sequence[Row], field: str) -> tuple[list[int], list[float]]:
     known = [(row.step, getattr(row, field)) for row in rows if getattr(row, field) is not None]
     return [step for step, _ in known], [value for _, value in known]
-
-
-def _axes(*, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.6, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e6e6", lw=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    out = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "ckptfuse"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]

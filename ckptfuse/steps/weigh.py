@@ -35,18 +35,7 @@ def evaluator(
 
     def evaluate(vectors: tuple[tuple[float, ...], ...]) -> list[Measurement]:
         missing = [vector for vector in vectors if recall(vector) is None]
-        inputs = tuple(Input(uri=m.uri, signature=m.signature or None) for m in members)
-        models = [
-            MergeModel(
-                fusion=spec.id,
-                inputs=inputs,
-                weights=spec.weights,
-                dtype=spec.recipe.dtype,
-                copied=spec.recipe.copied,
-                ancillary=inputs[-1],
-            )
-            for spec in (spec_of(service, members, vector) for vector in missing)
-        ]
+        models = [merge_model(service, members, vector) for vector in missing]
         for answer in service.scorer.score(models, tokenizer, ["selection"]) if models else []:
             raise_failed(answer.failed)
         return [
@@ -55,6 +44,22 @@ def evaluator(
         ]
 
     return evaluate
+
+
+def merge_model(
+    service: Service, members: Sequence[CheckpointRecord], weights: Sequence[float]
+) -> MergeModel:
+    """The merge of a window with these weights, for a scoring job to make in memory."""
+    spec = spec_of(service, members, weights)
+    inputs = tuple(Input(uri=m.uri, signature=m.signature or None) for m in members)
+    return MergeModel(
+        fusion=spec.id,
+        inputs=inputs,
+        weights=spec.weights,
+        dtype=spec.recipe.dtype,
+        copied=spec.recipe.copied,
+        ancillary=inputs[-1],
+    )
 
 
 def recaller(
@@ -68,6 +73,14 @@ def recaller(
         return None if losses is None else measure(losses, service.scorer.target_weights)
 
     return recall
+
+
+def observe(service: Service, members: Sequence[CheckpointRecord]) -> Observation:
+    """Scored checkpoints, oldest first, as a rule sees them."""
+    return Observation(
+        steps=tuple(member.step for member in members),
+        checkpoints=tuple(_measurement(service, m.fingerprint, m.tokenizer) for m in members),
+    )
 
 
 def _measurement(service: Service, model_id: str, tokenizer: str) -> Measurement:
@@ -101,13 +114,7 @@ def weigh(
     evaluate = evaluator(service, window.members, tokenizer)
     return decide(
         get_rule(service.params.rule.name, service.params.rule.options),
-        Observation(
-            steps=tuple(member.step for member in window.members),
-            checkpoints=tuple(
-                _measurement(service, member.fingerprint, member.tokenizer)
-                for member in window.members
-            ),
-        ),
+        observe(service, window.members),
         evaluate=evaluate,
         recall=(
             (lambda weights: evaluate((weights,))[0])

@@ -47,7 +47,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score one checkpoint on text files: loss, perplexity, bits per byte."""
-    corpora = dict(_pair(item, "--corpus", "NAME=PATH") for item in corpus)
+    corpora = dict(pair(item, "--corpus", "NAME=PATH") for item in corpus)
     _check_choice("--split", split, (None, "selection", "audit", "report"))
     _check_choice("--layout", layout, ("packed", "rolling"))
     _check_choice("--bos", bos, ("document", "none"))
@@ -93,7 +93,7 @@ def corpus(
     from flows.show import print_corpus, reading_bar
 
     if domains:
-        pairs = dict(_pair(item, "domain", "NAME=PATH") for item in domains)
+        pairs = dict(pair(item, "domain", "NAME=PATH") for item in domains)
         chosen = CorpusParams.of(pairs, field=field)
     else:
         chosen = load_params(params).corpus
@@ -137,7 +137,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge checkpoints, oldest first; whatever is not merged is the last one's."""
-    pairs = [_pair(item, "input", "CHECKPOINT=WEIGHT") for item in inputs]
+    pairs = [pair(item, "input", "CHECKPOINT=WEIGHT") for item in inputs]
     try:
         weights = [float(weight) for _, weight in pairs]
     except ValueError as error:
@@ -189,7 +189,7 @@ def _cap_reads(megabytes: float | None, requests: float | None) -> None:
     throttle.configure(throttle.Limits(megabytes, requests))
 
 
-def _pair(text: str, what: str, form: str) -> tuple[str, str]:
+def pair(text: str, what: str, form: str) -> tuple[str, str]:
     """Split at the last ``=`` for weights, so that URIs may hold one; NAME=FILE at the first."""
     left, equals, right = text.rpartition("=") if what == "input" else text.partition("=")
     if not (left and equals and right):

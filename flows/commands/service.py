@@ -34,7 +34,8 @@ def load(params: Path | None) -> tuple["Params", str]:
     return loaded, str(file.resolve())
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Show what the steps log."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("ckptfuse")
@@ -48,14 +49,14 @@ def watch(
 ) -> None:
     """Watch the bucket: score, fuse, prove, version and register what is new."""
     loaded, file = load(params)
-    _preflight(loaded)
-    _log_to_stderr()
+    preflight(loaded)
+    log_to_stderr()
     stderr.print("starting (the first look takes a few seconds: Prefect's server starts)")
     from flows.watch import watch as watch_flow
 
     if once:
         summary = watch_flow(file)
-        stdout.print(_sentence(summary), markup=False)
+        stdout.print(sentence(summary), markup=False)
         if summary.delayed:
             raise typer.Exit(1)
         return
@@ -74,10 +75,10 @@ def _look_and_go_on(watch_flow: object, file: str) -> None:
         stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
         return
     if not summary.did_nothing:
-        stderr.print(_sentence(summary), markup=False)
+        stderr.print(sentence(summary), markup=False)
 
 
-def _preflight(params: "Params") -> None:
+def preflight(params: "Params") -> None:
     """Tell of a wrong bucket, corpus, rule or server before any work begins."""
     from ckptfuse.checkpoints import check_bucket_uri
     from ckptfuse.service import open_service
@@ -105,7 +106,8 @@ def _check_prefect(url: str | None) -> None:
         ) from error
 
 
-def _sentence(summary: "Summary") -> str:
+def sentence(summary: "Summary") -> str:
+    """What a look did."""
     if summary.busy:
         return "Another process is at work on this workspace; nothing done."
     waiting = f" ({summary.incomplete} not complete yet)" if summary.incomplete else ""
@@ -129,24 +131,14 @@ def fuse(
 ) -> None:
     """Fuse one window of checkpoints that are scored already."""
     loaded, file = load(params)
-    _preflight(loaded)
-    _log_to_stderr()
+    preflight(loaded)
+    log_to_stderr()
     from flows.fuse import fuse_step
 
     verdict = fuse_step(file, step)
     stdout.print(f"step {verdict.step}: {verdict.verdict}: {verdict.reason}", markup=False)
     if verdict.verdict == "declined":
         raise typer.Exit(DECLINED)
-
-
-def backfill(params: ParamsOption = None) -> None:
-    """Replay a finished trajectory: fuse and judge every window, oldest first."""
-    loaded, file = load(params)
-    _preflight(loaded)
-    _log_to_stderr()
-    from flows.backfill import backfill as backfill_flow
-
-    stdout.print(_sentence(backfill_flow(file)), markup=False)
 
 
 def veto(params: ParamsOption = None) -> None:

@@ -1,0 +1,133 @@
+"""What is pretrained, and what is studied of it. Lengths are in saves, the distance of checkpoints.
+
+Nothing here was chosen by its outcome: no rule, threshold or window was changed after a run.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+BLOCK = 256  # tokens of a training example, and the longest context
+BURST_STEPS, BURST_FACTOR = 3, 10.0  # of a loss spike: so many steps at so many times the rate
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One pretraining, with AdamW. ``branch``: the save at which a decay to zero leaves it."""
+
+    name: str
+    architecture: Literal["llama", "gpt_neox", "mixtral"] = "llama"
+    hidden: int = 64
+    layers: int = 2
+    rate: float = 3e-3
+    blocks: int = 4  # training examples in a step
+    every: int = 20  # steps between saves
+    saves: int = 48
+    schedule: Literal["constant", "cosine"] = "constant"
+    branch: int | None = None
+    branch_saves: int = 10
+    bursts: tuple[int, ...] = ()  # saves right before which the rate bursts
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.every * self.saves
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.blocks * BLOCK
+
+    @property
+    def warmup(self) -> int:
+        return 2 * self.every
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step 1, 2, ... ``steps``."""
+        rate = self.rate * min(1.0, step / self.warmup)
+        if self.schedule == "cosine" and step > self.warmup:
+            share = (step - self.warmup) / (self.steps - self.warmup)
+            rate = self.rate * 0.5 * (1 + math.cos(math.pi * share))
+        if any(0 <= save * self.every - step < BURST_STEPS for save in self.bursts):
+            rate *= BURST_FACTOR
+        return rate
+
+    def decay_at(self, step: int) -> float:
+        """The rate on the decay branch: linear, zero after its last step."""
+        assert self.branch is not None
+        done = step - self.branch * self.every
+        return self.rate * max(0.0, 1 - done / (self.branch_saves * self.every))
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """What is studied: a run's checkpoints, or something made of them.
+
+    ``decays``: the run up to its branch, then the branch. ``spoiled``: save -> how it is damaged.
+    ``against_branch``: compute saved is stated against the run's decay branch too.
+    """
+
+    name: str
+    run: str
+    about: str
+    sizes: tuple[int, ...] = (5, 10, 20)
+    ends: tuple[int, ...] = (20, 30, 40, 48)
+    searching: bool = False
+    decays: bool = False
+    against_branch: bool = False
+    spoiled: Mapping[int, str] = field(default_factory=dict)
+
+
+ALL_SIZES = (5, 8, 12, 20)
+
+RUNS = (
+    Run("medium", hidden=128, layers=4, every=16, saves=40, branch=30),
+    Run("constant", branch=40),
+    Run("low-noise", rate=1.5e-3, blocks=12, every=12),
+    Run("mixtral", architecture="mixtral"),
+    Run("seed-1", branch=40, seed=1),
+    Run("spikes", bursts=(28, 38, 47), seed=2),
+    Run("high-noise", rate=6e-3, blocks=2, every=32),
+    Run("cosine", schedule="cosine"),
+    Run("gpt-neox", architecture="gpt_neox"),
+)
+
+TRAJECTORIES = (
+    Trajectory("constant", "constant", "constant rate, small model", ALL_SIZES,
+               searching=True, against_branch=True),
+    Trajectory("seed-1", "seed-1", "the same from another seed", ALL_SIZES, against_branch=True),
+    Trajectory("medium", "medium", "constant rate, 1M parameters", ALL_SIZES, (20, 30, 40),
+               against_branch=True),
+    Trajectory("high-noise", "high-noise", "twice the rate, half the batch", ALL_SIZES),
+    Trajectory("low-noise", "low-noise", "half the rate, three times the batch", ALL_SIZES),
+    Trajectory("cosine", "cosine", "cosine to zero"),
+    Trajectory("wsd", "constant", "the constant run, then a decay to zero", ends=(30, 40, 45, 50),
+               decays=True),
+    Trajectory("spikes", "spikes", "three bursts of ten times the rate", searching=True),
+    Trajectory("damaged", "constant", "three checkpoints of the constant run spoiled",
+               ends=(30, 40, 48), searching=True,
+               spoiled={28: "noise", 38: "zeroed", 47: "stale"}),
+    Trajectory("gpt-neox", "gpt-neox", "another architecture"),
+    Trajectory("mixtral", "mixtral", "a Mixture of Experts, 2 of 4"),
+)  # fmt: skip
+
+
+def tiny_run(run: Run) -> Run:
+    """The same in a fortieth of the steps, to see that everything works."""
+    return replace(
+        run,
+        every=max(run.every // 10, 3),
+        saves=run.saves // 4,
+        branch=run.branch and run.branch // 4,
+        branch_saves=run.branch_saves // 4,
+        bursts=tuple(save // 4 for save in run.bursts),
+    )
+
+
+def tiny_trajectory(trajectory: Trajectory) -> Trajectory:
+    return replace(
+        trajectory,
+        sizes=tuple(sorted({max(size // 4, 2) for size in trajectory.sizes})),
+        ends=tuple(end // 4 for end in trajectory.ends),
+        spoiled={save // 4: how for save, how in trajectory.spoiled.items()},
+    )
