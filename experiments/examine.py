@@ -81,7 +81,7 @@ def _checks(service: Service, study: Study, plan: Plan, trajectory: Trajectory) 
         item["named"] = _against_named(study, studied)
         if studied.size in (middle, largest):
             item |= predictions(bench, studied.step)
-        if studied.size in (middle, largest) and studied.step in _outermost(study):
+        if studied.size == largest and studied.step in _outermost(study):
             item["optimised"] = _against_optimum(service, study, studied, bench)
         found["windows"].append(item)
     found["gate"] = gated(service, study, [pair for pair in pairs if pair[0].size == middle])

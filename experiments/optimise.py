@@ -22,6 +22,7 @@ from ckptfuse.reading import load
 
 Vector = NDArray[np.float64]
 ROWS = 16  # blocks of one forward and backward pass
+NEGLIGIBLE = 1e-4  # weight that is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def optimise(
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
         options={"maxiter": iterations, "ftol": 1e-6},
     )
-    weights = np.maximum(objective.best, 0)
+    weights = np.where(objective.best < NEGLIGIBLE, 0.0, objective.best)
     return Optimum(tuple((weights / weights.sum()).tolist()), objective.passes)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging
 
 from experiments.place import Place
 from experiments.runs import BLOCK, Run
@@ -27,6 +28,7 @@ INITIAL_SPREAD = 0.05  # the usual 0.02 is for widths of thousands
 def pretrain(run: Run, texts: Path, folder: Path) -> None:
     """Train ``main`` and, if there is one, ``branch`` into ``folder``, which appears whole."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     set_seed(run.seed)
     tokenizer, blocks = load_tokenizer(texts), tokenized(texts)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
