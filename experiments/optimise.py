@@ -102,4 +102,4 @@ def _batches(item: BlockSet, domain: str) -> list[torch.Tensor]:
     longest = int(blocks.lengths[chosen].max())
     rows = [blocks.block(int(i)) for i in chosen if blocks.lengths[i] == longest]
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return list(tokens.split(ROWS))
+    return [tokens[start : start + ROWS] for start in range(0, len(tokens), ROWS)]
