@@ -31,7 +31,7 @@ from experiments.spoil import lay_bucket
 #: The rules that `calibrated` is held against: all that need no merge measured.
 NAMED = ("latest", "best", "uniform", "linear", "ema", "minus-sqrt", "inverse-perplexity")
 SEARCHING = "greedy,bayes,auto"
-GATE_SIZES = (8, 10)  # the window's length where fusions go through the gate: the default or near
+GATED = 8  # checkpoints in the windows whose fusions go through the gate: the service's default
 
 
 def examine(place: Place, name: str) -> None:
@@ -71,26 +71,21 @@ def _checks(service: Service, study: Study, plan: Plan, trajectory: Trajectory) 
     also = [studied.step for studied in study.places]
     windows = choose_windows(checkpoints, plan, service.params.window, also=also)
     pairs = list(zip(study.places, windows, strict=True))
-    middle = next((size for size in GATE_SIZES if size in trajectory.sizes), trajectory.sizes[-1])
     largest = trajectory.sizes[-1]
+    gate_size = GATED if GATED in trajectory.sizes else largest
     found: dict[str, Any] = {"about": trajectory.about, "run": trajectory.run, "windows": []}
     for studied, window in pairs:
         _say(f"checks: {studied.size} to step {studied.step}")
         bench = Bench(service, window.members)
         item: dict[str, Any] = {"size": studied.size, "step": studied.step}
         item["named"] = _against_named(study, studied)
-        if studied.size in (middle, largest):
+        if studied.size in (gate_size, largest):
             item |= predictions(bench, studied.step)
-        if studied.size in (middle, largest) and studied.step in _outermost(study):
+        if studied.size == largest and studied.step == study.places[-1].step:
             item["optimised"] = _against_optimum(service, study, studied, bench)
         found["windows"].append(item)
-    found["gate"] = gated(service, study, [pair for pair in pairs if pair[0].size == middle])
+    found["gate"] = gated(service, study, [pair for pair in pairs if pair[0].size == gate_size])
     return found
-
-
-def _outermost(study: Study) -> set[int]:
-    steps = [studied.step for studied in study.places]
-    return {min(steps), max(steps)}
 
 
 def _against_named(study: Study, studied: Studied) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _on_report(
     bench.score([case.weights], ("report",))
     digest = bench.tokenizer.digest
     fused = losses_of(service, bench.model(case.weights), digest, "report")
-    gains = {}
+    gains: dict[str, Any] = {}
     for name, member in opponents.items():
         theirs = losses_of(service, member.fingerprint, digest, "report")
         found = combine(theirs.minus(fused), study.views[IN])

@@ -22,6 +22,7 @@ from ckptfuse.reading import load
 
 Vector = NDArray[np.float64]
 ROWS = 16  # blocks of one forward and backward pass
+NEGLIGIBLE = 1e-4  # weight that is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def optimise(
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
         options={"maxiter": iterations, "ftol": 1e-6},
     )
-    weights = np.maximum(objective.best, 0)
+    weights = np.where(objective.best < NEGLIGIBLE, 0.0, objective.best)
     return Optimum(tuple((weights / weights.sum()).tolist()), objective.passes)
 
 
@@ -101,4 +102,4 @@ def _batches(item: BlockSet, domain: str) -> list[torch.Tensor]:
     longest = int(blocks.lengths[chosen].max())
     rows = [blocks.block(int(i)) for i in chosen if blocks.lengths[i] == longest]
     tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-    return list(tokens.split(ROWS))
+    return [tokens[start : start + ROWS] for start in range(0, len(tokens), ROWS)]

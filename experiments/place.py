@@ -63,8 +63,8 @@ class Place:
     def corpus(self) -> CorpusParams:
         """Held-out text of the training distribution sets weights; the other text none."""
         share = 8 if self.tiny else 1
-        tokens = {"selection": 8_192 // share, "audit": 24_576 // share, "report": 12_288 // share}
-        idle = {"selection": 1_024, "audit": 8_192 // share, "report": 1_024}
+        tokens = {"selection": 8_192 // share, "audit": 16_384 // share, "report": 8_192 // share}
+        idle = {"selection": 1_024, "audit": 4_096 // share, "report": 1_024}
         domains: dict[str, object] = {"python": {"path": str(self.texts / "python.jsonl")}}
         for name in OUTSIDE:
             path = self.texts / f"{name}.jsonl"

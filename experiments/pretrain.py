@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging
 
 from experiments.place import Place
 from experiments.runs import BLOCK, Run
@@ -27,6 +28,7 @@ INITIAL_SPREAD = 0.05  # the usual 0.02 is for widths of thousands
 def pretrain(run: Run, texts: Path, folder: Path) -> None:
     """Train ``main`` and, if there is one, ``branch`` into ``folder``, which appears whole."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     set_seed(run.seed)
     tokenizer, blocks = load_tokenizer(texts), tokenized(texts)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
@@ -77,6 +79,7 @@ class Trainer:
         return twin
 
     def train_to(self, step: int, rate_at: Callable[[int], float]) -> None:
+        said = float("nan")
         while self.step < step:
             self.step += 1
             for group in self.optimizer.param_groups:
@@ -84,11 +87,12 @@ class Trainer:
             rows = self.blocks[batch(self.run, len(self.blocks), self.step)]
             logits = self.model(input_ids=rows[:, :-1], use_cache=False).logits
             loss = cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        print(f"{self.run.name}: step {step}, loss {loss.item():.3f}", flush=True)
+            said = loss.item()
+        print(f"{self.run.name}: step {step}, loss {said:.3f}", flush=True)
 
     def save(self, bucket: Path) -> None:
         folder = bucket / f"checkpoint-{self.step}"
@@ -98,17 +102,12 @@ class Trainer:
 
 def batch(run: Run, count: int, step: int) -> torch.Tensor:
     """The rows of one step: every epoch is a permutation of its own, the same for a seed."""
-    places = torch.arange((step - 1) * run.blocks, step * run.blocks)
-    epochs = places // count
-    orders = {
-        int(epoch): torch.randperm(
-            count, generator=torch.Generator().manual_seed(1_000 * run.seed + int(epoch))
-        )
-        for epoch in epochs.unique()
-    }
-    return torch.stack(
-        [orders[int(e)][int(p) % count] for e, p in zip(epochs, places, strict=True)]
-    )
+    rows = []
+    for place in range((step - 1) * run.blocks, step * run.blocks):
+        epoch, index = divmod(place, count)
+        draw = torch.Generator().manual_seed(1_000 * run.seed + epoch)
+        rows.append(torch.randperm(count, generator=draw)[index])
+    return torch.stack(rows)
 
 
 def config_of(run: Run, tokenizer: Any) -> Any:

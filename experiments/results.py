@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,8 @@ def _rules(results: Results) -> str:
         rows.append(
             [
                 rule,
-                *(_over(found, lambda row, o=over: row["gain"][o][IN]["mean"])
-                  for over in ("newest", "best", "uniform")),
-                _over(found, lambda row: row["gain"]["newest"][OUT]["mean"]),
-                _over(found, lambda row: row["gain"]["uniform"][OUT]["mean"]),
+                *(_gain(found, over, IN) for over in ("newest", "best", "uniform")),
+                *(_gain(found, over, OUT) for over in ("newest", "uniform")),
                 f"{sum(row['wins'] for row in found)} of {windows}",
                 f"{max(row['worst_regret'] for row in found):.4f}",
                 f"{sum(row['worse_than_newest'] for row in found)}",
@@ -255,8 +253,8 @@ def _row(rows: Sequence[Row], rule: str) -> Row:
     return next(row for row in rows if row["rule"] == rule)
 
 
-def _over(rows: Sequence[Row], figure: Callable[[Row], float]) -> str:
-    return _mean([figure(row) for row in rows])
+def _gain(rows: Sequence[Row], over: str, view: str) -> str:
+    return _mean([row["gain"][over][view]["mean"] for row in rows])
 
 
 def _mean(values: Sequence[float]) -> str:

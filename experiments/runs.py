@@ -70,15 +70,15 @@ class Trajectory:
     name: str
     run: str
     about: str
-    sizes: tuple[int, ...] = (5, 10, 20)
-    ends: tuple[int, ...] = (20, 30, 40, 48)
+    sizes: tuple[int, ...] = (8, 20)
+    ends: tuple[int, ...] = (34, 48)
     searching: bool = False
     decays: bool = False
     against_branch: bool = False
     spoiled: Mapping[int, str] = field(default_factory=dict)
 
 
-ALL_SIZES = (5, 8, 12, 20)
+MANY_SIZES = (5, 8, 12, 20)
 
 RUNS = (
     Run("medium", hidden=128, layers=4, every=16, saves=40, branch=30),
@@ -93,17 +93,19 @@ RUNS = (
 )
 
 TRAJECTORIES = (
-    Trajectory("constant", "constant", "constant rate, small model", ALL_SIZES,
+    Trajectory("constant", "constant", "constant rate, small model", MANY_SIZES, (20, 40, 48),
                searching=True, against_branch=True),
-    Trajectory("seed-1", "seed-1", "the same from another seed", ALL_SIZES, against_branch=True),
-    Trajectory("medium", "medium", "constant rate, 1M parameters", ALL_SIZES, (20, 30, 40),
+    Trajectory("seed-1", "seed-1", "the same from another seed", MANY_SIZES, (40, 48),
                against_branch=True),
-    Trajectory("high-noise", "high-noise", "twice the rate, half the batch", ALL_SIZES),
-    Trajectory("low-noise", "low-noise", "half the rate, three times the batch", ALL_SIZES),
+    Trajectory("medium", "medium", "constant rate, a larger model", ends=(30, 40),
+               against_branch=True),
+    Trajectory("high-noise", "high-noise", "twice the rate, half the batch", MANY_SIZES, (20, 48)),
+    Trajectory("low-noise", "low-noise", "half the rate, three times the batch", MANY_SIZES,
+               (20, 48)),
     Trajectory("cosine", "cosine", "cosine to zero"),
-    Trajectory("wsd", "constant", "the constant run, then a decay to zero", ends=(30, 40, 45, 50),
+    Trajectory("wsd", "constant", "the constant run, then a decay to zero", ends=(45, 50),
                decays=True),
-    Trajectory("spikes", "spikes", "three bursts of ten times the rate", searching=True),
+    Trajectory("spikes", "spikes", "three bursts of ten times the rate", ends=(30, 40, 48)),
     Trajectory("damaged", "constant", "three checkpoints of the constant run spoiled",
                ends=(30, 40, 48), searching=True,
                spoiled={28: "noise", 38: "zeroed", 47: "stale"}),

@@ -1,6 +1,7 @@
 """A study's figures, as SVG text."""
 
 import math
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -59,7 +60,7 @@ def gains(study: Study, view: str) -> str:
     return drawing.svg(figure)
 
 
-def _style(rule: str) -> dict[str, object]:
+def _style(rule: str) -> dict[str, Any]:
     """The default rule stands out."""
     if rule.partition("(")[0] == "calibrated":
         return {"color": FUSED, "lw": 1.8, "marker": "o", "ms": 4, "zorder": 3}

@@ -184,7 +184,7 @@ def _branch(
 def _scale(service: Service, newest: CheckpointRecord, tokens_per_step: float | None) -> Scale:
     layout = read_layout(open_checkpoint(newest.uri))
     target = [name for name, weight in service.scorer.target_weights.items() if weight]
-    scored = {}
+    scored: dict[str, int] = {}
     for split in SPLITS:
         losses = losses_of(service, newest.fingerprint, newest.tokenizer, split)
         scored[split] = sum(losses.totals(name)[0] for name in target)

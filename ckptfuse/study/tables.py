@@ -53,10 +53,8 @@ def _summary(study: Study, rule: str, places: Sequence[Place]) -> Summary:
     target = study.views[IN]
     regrets = [place.regret(case, target) for place, case in pairs]
     newest = [place.gain(case, "newest", target).mean for place, case in pairs]
-    decays = [found for place, case in pairs if (found := of_decay(study, place, case)) is not None]
-    branch = [
-        found for place, case in pairs if (found := saved_of_branch(study, place, case)) is not None
-    ]
+    decays = [share for pair in pairs if (share := of_decay(study, *pair)) is not None]
+    branch = [saved for pair in pairs if (saved := saved_of_branch(study, *pair)) is not None]
     merged = mean_losses([case.losses for _, case in pairs])
     return Summary(
         rule=rule,
