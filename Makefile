@@ -52,7 +52,7 @@ bench-merge-s3: $(READY) ## the merge from S3, on loopback, against bare ranged 
 bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (10 min)
 	$(BIN)/python -m bench.score
 
-experiments: $(READY) ## the reference study: trains, compares all rules, writes experiments/results.md (an hour)
+experiments: $(READY) ## the reference study: trains, compares all rules, writes experiments/results.md
 	$(BIN)/python -m experiments
 
 $(VENV)/mergekit/.ready: bench/mergekit-constraints.txt
