@@ -34,6 +34,10 @@ class Meter:
         """Hours of the jobs that ended in the 24 hours before ``now``."""
         return sum(job.hours for job in self._jobs() if now - DAY < job.ended <= now)
 
+    def total(self) -> float:
+        """Hours of all jobs that are remembered."""
+        return sum(job.hours for job in self._jobs())
+
     def affordable(self, hours_per_day: float, now: float) -> int:
         """How many more models a daily budget allows, judged by what the last jobs took.
 

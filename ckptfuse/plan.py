@@ -68,7 +68,8 @@ class Fuse:
 class Actions:
     """What is to be done, in this order. ``publish`` are windows whose gate said so before.
 
-    ``notes`` say what is left undone to keep to params' limits.
+    ``notes`` say what is left undone to keep to params' limits; ``due`` are all checkpoints that
+    wait for a score, those that the limits let be scored now among them.
     """
 
     quarantine: tuple[Quarantine, ...] = ()
@@ -77,6 +78,7 @@ class Actions:
     skip: tuple[Skip, ...] = ()
     fuse: tuple[Fuse, ...] = ()
     notes: tuple[str, ...] = ()
+    due: tuple[Checkpoint, ...] = ()
 
     def __bool__(self) -> bool:
         return any((self.quarantine, self.score, self.publish, self.skip, self.fuse))
@@ -93,9 +95,10 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
         {item.checkpoint.signature for item in quarantine} | state.quarantined.keys() | state.held
     )
     present = [c for c in listing.complete if c.signature not in excluded]
-    score, notes = _to_score(present, state, params.scoring)
+    due = _every(present, state.scored, params.scoring.every)
+    score, notes = _to_score(present, due, state, params.scoring)
     if quarantine or score:
-        return Actions(quarantine=quarantine, score=score, notes=notes)
+        return Actions(quarantine=quarantine, score=score, notes=notes, due=due)
     healthy = [state.checkpoints[c.signature] for c in present if c.signature in state.scored]
     science = params.scientific_digest()
     waiting = []
@@ -110,20 +113,22 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
     )
     waiting = [item for item in waiting if item.key not in publish]
     if not live or not waiting:
-        return Actions(publish=publish, fuse=tuple(waiting), notes=notes)
+        return Actions(publish=publish, fuse=tuple(waiting), notes=notes, due=due)
     newest = waiting[-1]
     superseded = tuple(
         Skip(item.key, item.window.step, f"superseded by step {newest.window.step}")
         for item in waiting[:-1]
     )
-    return Actions(publish=publish, skip=superseded, fuse=(newest,), notes=notes)
+    return Actions(publish=publish, skip=superseded, fuse=(newest,), notes=notes, due=due)
 
 
 def _to_score(
-    present: Sequence[Checkpoint], state: State, params: ScoringParams
+    present: Sequence[Checkpoint],
+    due: Sequence[Checkpoint],
+    state: State,
+    params: ScoringParams,
 ) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
     """Which checkpoints to score, in the order of training, and what is not scored and why."""
-    due = _every(present, state.scored, params.every)
     notes = []
     if passed := sum(1 for c in present if c.signature not in state.scored) - len(due):
         notes.append(f"{passed} checkpoints are passed over: scoring.every is {params.every}")
@@ -137,7 +142,9 @@ def _to_score(
     return tuple(chosen), tuple(notes)
 
 
-def _every(present: Sequence[Checkpoint], scored: Collection[str], every: int) -> list[Checkpoint]:
+def _every(
+    present: Sequence[Checkpoint], scored: Collection[str], every: int
+) -> tuple[Checkpoint, ...]:
     """The checkpoints without a score that are ``every`` or more after the last one with one."""
     due = []
     since = every
@@ -149,7 +156,7 @@ def _every(present: Sequence[Checkpoint], scored: Collection[str], every: int) -
             since = 1
         else:
             since += 1
-    return due
+    return tuple(due)
 
 
 def _to_quarantine(listing: Listing, state: State) -> tuple[Quarantine, ...]:

@@ -348,6 +348,10 @@ class Records:
             return False
         return True
 
+    def written(self, kind: type[Record], key: str) -> float:
+        """When a record was written, by its file: seconds since the epoch; raises MissingFile."""
+        return self.store.stat(f"{kind.kind}/{key}.json").modified
+
     def arrays(self, kind: type[Record], key: str) -> Arrays:
         data = io.BytesIO(self.store.read(f"{kind.kind}/{key}.npz"))
         with np.load(data, allow_pickle=False) as loaded:

@@ -15,7 +15,7 @@ from ckptfuse.params import load_params
 from ckptfuse.plan import Actions
 from ckptfuse.records import GateRecord
 from ckptfuse.service import Service, open_service
-from ckptfuse.steps.look import load_state
+from ckptfuse.steps.look import load_state, look_file
 from flows.environment import prepare
 from flows.fuse import fuse, publish_window
 from tasks.aliases import settle_champion
@@ -64,6 +64,7 @@ def watch(
 def _look(
     service: Service, params_file: str, live: bool, first: int | None, last: int | None
 ) -> Summary:
+    look_file(service).begin()
     survey_corpus(service)
     listing = discover(service).between(first, last)
     summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
@@ -79,6 +80,7 @@ def _look(
     settle_champion(service)
     draw_curves(service)
     prune(service)
+    look_file(service).end(held=len(summary.held), waits=summary.delayed is not None)
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from ckptfuse import checkpoints
 from ckptfuse.listing import Conventions, Listing, find
+from ckptfuse.looks import LookFile
 from ckptfuse.plan import Actions, Quarantine, Skip, State, plan
 from ckptfuse.records import (
     CheckpointRecord,
@@ -44,10 +45,19 @@ def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
     )
 
 
+def look_file(service: Service) -> LookFile:
+    return LookFile(service.workspace.folder("cache"))
+
+
 def next_actions(
     service: Service, listing: Listing, held: frozenset[str], *, live: bool
 ) -> Actions:
-    return plan(listing, load_state(service, held), service.params, live=live)
+    """Decide, and tell monitoring what waits."""
+    state = load_state(service, held)
+    actions = plan(listing, state, service.params, live=live)
+    numerics = service.scorer.numerics
+    look_file(service).found(listing, actions.due, corpus=state.corpus, numerics=numerics)
+    return actions
 
 
 def quarantine(service: Service, item: Quarantine) -> None:

@@ -1,0 +1,1 @@
+"""What `ckptfuse doctor` finds out of Prefect, MLflow, Git and DVC; the rest is ckptfuse/checks."""

@@ -1,0 +1,70 @@
+"""All that a deployment needs, one check after the other, cheap and fundamental ones first."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckptfuse.checks import Check, bucket, failed, gpu, ok, workspace
+from ckptfuse.checks.check import carried_out
+from ckptfuse.corpus.files import find_files
+from ckptfuse.errors import CkptfuseError
+from ckptfuse.params import CorpusParams, Params
+from ckptfuse.service import open_service
+
+#: A limit of the Prefect server's on GPUs at work.
+GPUS = "ckptfuse-gpus"
+CORPUS = "corpus"
+
+
+def checks(params: Params) -> Iterator[Check]:
+    """Each is yielded as soon as it is known."""
+    found = None
+    try:
+        found = bucket.look(params)
+    except (CkptfuseError, OSError) as error:
+        mend = "correct `bucket` in params.yaml, or the credentials (docs/monitoring.md)"
+        yield failed(bucket.READING, str(error), mend)
+    if found is not None:
+        yield from _of_bucket(found)
+    yield carried_out(
+        CORPUS, lambda: _corpus(params.corpus), "correct corpus.domains (docs/corpus.md)"
+    )
+    root = Path(params.workspace)
+    model = found.size if found else None
+    yield from _of_workspace(root, model, keeps_all=params.retention.last is None)
+    yield gpu.gpu(params.scoring, model)
+    yield from _of_servers(params)
+
+
+def _of_bucket(found: bucket.Found) -> Iterator[Check]:
+    rights = "give the service the rights to list and to read (docs/monitoring.md)"
+    yield carried_out(bucket.READING, lambda: bucket.reading(found), rights)
+    yield carried_out(bucket.WRITING, lambda: bucket.writing(found.bucket), rights)
+    yield carried_out(bucket.CLOCK, lambda: bucket.clock(found.bucket), rights)
+
+
+def _corpus(params: CorpusParams) -> Check:
+    files = {name: len(find_files(domain.path)) for name, domain in params.domains.items()}
+    if not files:
+        mend = "name the target text: corpus.domains in params.yaml (docs/corpus.md)"
+        return failed(CORPUS, "no domain is named", mend)
+    return ok(CORPUS, ", ".join(f"{name}: {count} files" for name, count in files.items()))
+
+
+def _of_workspace(root: Path, model: int | None, *, keeps_all: bool) -> Iterator[Check]:
+    try:
+        yield from workspace.workspace(root)
+        yield workspace.space(root, model, keeps_all=keeps_all)
+    except OSError as error:
+        mend = f"give this user the right to write to {root}, or correct `workspace`"
+        yield failed(workspace.WRITES, f"{root}: {error}", mend)
+
+
+def _of_servers(params: Params) -> Iterator[Check]:
+    from tasks.checks.ledger import ledger
+    from tasks.checks.prefect import prefect
+    from tasks.checks.registry import registry
+
+    yield from prefect(params.trajectory, GPUS)
+    service = open_service(params)
+    yield from registry(service)
+    yield from ledger(service)

@@ -1,0 +1,116 @@
+"""The ledger's programs and remotes: Git, DVC, and where they push to."""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.version import Version
+
+from ckptfuse.checks import Check, failed, ok, warning
+from ckptfuse.checks.check import carried_out
+from ckptfuse.service import Service
+from ckptfuse.store import open_store
+
+GIT, DVC, GIT_REMOTE, DVC_REMOTE = "Git", "DVC", "Git remote", "DVC remote"
+#: git init --initial-branch
+OLDEST_GIT = Version("2.28")
+_TIMEOUT = 30.0
+
+
+def ledger(service: Service) -> Iterator[Check]:
+    folder = service.workspace.root / "ledger"
+    yield _git()
+    yield _git_remote(service.params.ledger.remote)
+    yield _dvc()
+    yield from _dvc_remotes(folder)
+
+
+def _git() -> Check:
+    if shutil.which("git") is None:
+        return failed(GIT, "there is no git", "apt-get install git")
+    said = _run(["git", "--version"]).stdout.strip()
+    found = re.search(r"\d+\.\d+(\.\d+)?", said)
+    if found is None or Version(found[0]) < OLDEST_GIT:
+        return failed(GIT, f"{said} is too old for the ledger", f"install {OLDEST_GIT} or newer")
+    return ok(GIT, said)
+
+
+def _git_remote(remote: str | None) -> Check:
+    if remote is None:
+        return ok(GIT_REMOTE, "none is set (ledger.remote): commits and tags stay in the workspace")
+    try:
+        done = _run(["git", "ls-remote", "--heads", "--", remote])
+    except subprocess.TimeoutExpired:
+        said = f"{remote} did not answer in {_TIMEOUT:.0f} s"
+        return failed(GIT_REMOTE, said, "correct ledger.remote, or let this machine reach it")
+    if done.returncode != 0:
+        return failed(
+            GIT_REMOTE,
+            f"{remote}: {done.stderr.strip()}",
+            "correct ledger.remote, or give this user a key or a credential helper for it",
+        )
+    return ok(GIT_REMOTE, f"{remote} was read; that it may be written is seen at the first push")
+
+
+def _dvc() -> Check:
+    done = _run([sys.executable, "-m", "dvc", "--version"])
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()[-1:]
+        mend = "pip install -c constraints.txt of the project brings what DVC needs"
+        return failed(DVC, f"DVC does not start: {' '.join(said)}", mend)
+    return ok(DVC, f"dvc {done.stdout.strip()}")
+
+
+def _dvc_remotes(ledger: Path) -> Iterator[Check]:
+    """Each remote that a team has added to the ledger: written to, read and cleaned up."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read([ledger / ".dvc" / "config", ledger / ".dvc" / "config.local"])
+    urls = {
+        section.strip("'").removeprefix('remote "').removesuffix('"'): config[section]["url"]
+        for section in config.sections()
+        if "remote" in section and "url" in config[section]
+    }
+    if not urls:
+        said = "none is set: published weights stay in the ledger's own cache and in MLflow"
+        yield ok(DVC_REMOTE, said)
+    for name, url in urls.items():
+        place = url if "://" in url else str((ledger / ".dvc" / url).resolve())
+        yield carried_out(
+            DVC_REMOTE,
+            lambda name=name, place=place: _written(name, place),  # type: ignore[misc]
+            f"correct it with dvc remote modify {name}, or give this user the right to write there",
+        )
+
+
+def _written(name: str, place: str) -> Check:
+    if "://" in place and not place.startswith("s3://"):
+        said = f"{name} ({place.partition('://')[0]}) is of a kind that is not tried here"
+        return warning(DVC_REMOTE, said, f"try it: dvc push -r {name}, in the ledger")
+    store, probe = open_store(place), f"ckptfuse-doctor-{uuid.uuid4().hex}"
+    try:
+        store.write(probe, b"probe")
+        same = store.read(probe) == b"probe"
+    finally:
+        store.delete(probe)
+    if not same:
+        return failed(DVC_REMOTE, f"{place} gave back other bytes than were written", "see its log")
+    return ok(DVC_REMOTE, f"{name} ({place}): a file was written, read and deleted")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    return subprocess.run(
+        command,
+        env={**environment, "GIT_TERMINAL_PROMPT": "0", "DVC_NO_ANALYTICS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_TIMEOUT,
+    )
