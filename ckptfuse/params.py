@@ -253,6 +253,7 @@ class Params(BaseSettings):
 
     bucket: str | None = None
     workspace: str = "workspace"
+    execution: Literal["inline", "deployments"] = "inline"
     watch: WatchParams = WatchParams()
     reading: ReadingParams = ReadingParams()
     mlflow: MlflowParams = MlflowParams()
@@ -272,6 +273,16 @@ class Params(BaseSettings):
         if is_s3(uri):
             raise ValueError(f"{uri!r}: the workspace is a local or mounted folder")
         return uri
+
+    @model_validator(mode="after")
+    def _device_is_the_same_everywhere(self) -> "Params":
+        """``auto`` is what this machine has, and numerics are part of a score's identity."""
+        if self.execution == "deployments" and self.scoring.device == "auto":
+            raise ValueError(
+                "scoring.device must be cuda or cpu with execution: deployments, since the "
+                "machine that plans need not have the devices of those that score"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

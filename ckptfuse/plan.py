@@ -8,13 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptfuse.checkpoints import Checkpoint
-from ckptfuse.listing import Listing
+from ckptfuse.listing import Listed, Listing
 from ckptfuse.params import Params, ScoringParams
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
-    PlanRecord,
     PublicationRecord,
     QuarantineRecord,
     SkipRecord,
@@ -32,7 +30,6 @@ class State:
     held: frozenset[str] = frozenset()  # signatures that could not be read just now
     affordable: int | None = None  # checkpoints that the day's scoring budget allows; None: all
     quarantined: Mapping[str, QuarantineRecord] = field(default_factory=dict)
-    plans: Mapping[str, PlanRecord] = field(default_factory=dict)
     gates: Mapping[str, GateRecord] = field(default_factory=dict)
     skips: Mapping[str, SkipRecord] = field(default_factory=dict)
     publications: Mapping[str, PublicationRecord] = field(default_factory=dict)
@@ -46,7 +43,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    checkpoint: Checkpoint
+    checkpoint: Listed
     architecture: str | None
     reason: str
 
@@ -72,7 +69,7 @@ class Actions:
     """
 
     quarantine: tuple[Quarantine, ...] = ()
-    score: tuple[Checkpoint, ...] = ()
+    score: tuple[Listed, ...] = ()
     publish: tuple[str, ...] = ()
     skip: tuple[Skip, ...] = ()
     fuse: tuple[Fuse, ...] = ()
@@ -120,8 +117,8 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
 
 
 def _to_score(
-    present: Sequence[Checkpoint], state: State, params: ScoringParams
-) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
+    present: Sequence[Listed], state: State, params: ScoringParams
+) -> tuple[tuple[Listed, ...], tuple[str, ...]]:
     """Which checkpoints to score, in the order of training, and what is not scored and why."""
     due = _every(present, state.scored, params.every)
     notes = []
@@ -137,7 +134,7 @@ def _to_score(
     return tuple(chosen), tuple(notes)
 
 
-def _every(present: Sequence[Checkpoint], scored: Collection[str], every: int) -> list[Checkpoint]:
+def _every(present: Sequence[Listed], scored: Collection[str], every: int) -> list[Listed]:
     """The checkpoints without a score that are ``every`` or more after the last one with one."""
     due = []
     since = every
@@ -175,7 +172,7 @@ def _to_quarantine(listing: Listing, state: State) -> tuple[Quarantine, ...]:
     return tuple(found)
 
 
-def _architecture(checkpoint: Checkpoint, listing: Listing, state: State) -> str | None:
+def _architecture(checkpoint: Listed, listing: Listing, state: State) -> str | None:
     signature = checkpoint.signature
     if signature in state.checkpoints:
         return state.checkpoints[signature].architecture

@@ -8,6 +8,7 @@ from ckptfuse.plan import Fuse
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service
 from ckptfuse.steps import judge, merge, weigh
+from tasks import news
 from tasks.log import log
 
 
@@ -52,4 +53,5 @@ def judge_fusion(service: Service, decided: PlanRecord) -> GateRecord:
     """Compare on audit text."""
     verdict = judge.judge_fusion(service, decided)
     log.info("step %d: %s: %s", decided.step, verdict.verdict, verdict.reason)
+    news.judged(service, verdict)
     return verdict

@@ -195,6 +195,12 @@ def test_what_decides_weights_bytes_or_verdicts_is_science(tmp_path: Path, text:
     assert loaded(tmp_path, text).scientific_digest() != loaded(tmp_path).scientific_digest()
 
 
+def test_deployments_need_a_device_that_is_the_same_on_every_machine(tmp_path: Path) -> None:
+    told = refusal(tmp_path, "execution: deployments")
+    assert "scoring.device must be cuda or cpu" in told
+    assert loaded(tmp_path, "{execution: deployments, scoring: {device: cuda}}").scoring.device
+
+
 def test_the_models_name_is_the_trajectorys_unless_it_has_its_own(tmp_path: Path) -> None:
     assert loaded(tmp_path, "trajectory: run-7").model_name == "run-7"
     assert loaded(tmp_path, "mlflow: {model: mine}").model_name == "mine"
