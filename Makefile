@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-faults bench-merge bench-merge-s3 bench-score experiments clean
+.PHONY: help setup packages demo test lint test-faults bench-merge bench-merge-s3 bench-score experiments clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -27,11 +27,14 @@ help: ## list the targets
 
 setup: $(READY) ## make .venv with the versions of constraints.txt (only when they changed)
 
+packages: ## install the Debian packages that the stack and the tests run, if they are missing
+	@infra/native/packages.sh
+
 demo: $(READY) ## pretrain a small model while the service watches, fuses, registers and versions it
 	$(BIN)/ckptfuse demo
 
 # Three processes: those of the service wait for servers and for each other much of the time.
-test: $(READY) lint ## lint, types and the tests
+test: packages $(READY) lint ## lint, types and the tests
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 lint: $(READY) ## ruff and mypy

@@ -215,12 +215,29 @@ class ReadingParams(Section):
 
 
 class MlflowParams(Section):
+    """``artifact_root``: where a new experiment's artifacts go; None: where the server says."""
+
     tracking_uri: str | None = None
+    artifact_root: str | None = None
     model: str | None = None
 
 
 class LedgerParams(Section):
+    """Where the ledger is pushed to: commits and tags by Git, text and weights by DVC."""
+
     remote: str | None = None
+    dvc_remote: str | None = None
+
+
+class VersionsParams(Section):
+    """What of a published fusion is kept, beside the model that consumers load.
+
+    ``weights``: the ledger's DVC cache holds them, or their hashes alone. ``inputs``: the
+    checkpoints that a kept fusion was made of are held, without their optimizer state.
+    """
+
+    weights: Literal["cache", "manifest"] = "cache"
+    inputs: Literal["none", "held"] = "none"
 
 
 class RetentionParams(Section):
@@ -257,6 +274,7 @@ class Params(BaseSettings):
     reading: ReadingParams = ReadingParams()
     mlflow: MlflowParams = MlflowParams()
     ledger: LedgerParams = LedgerParams()
+    versions: VersionsParams = VersionsParams()
     retention: RetentionParams = RetentionParams()
 
     @field_validator("trajectory")
@@ -339,6 +357,12 @@ def _anchor(params: Params, folder: Path) -> Params:
             "corpus": params.corpus.model_copy(update=corpus),
             "scoring": params.scoring.model_copy(update={"model": absolute(params.scoring.model)}),
             "bucket": absolute(params.bucket),
+            "mlflow": params.mlflow.model_copy(
+                update={"artifact_root": absolute(params.mlflow.artifact_root)}
+            ),
+            "ledger": params.ledger.model_copy(
+                update={"dvc_remote": absolute(params.ledger.dvc_remote)}
+            ),
             "workspace": absolute(params.workspace),
         }
     )

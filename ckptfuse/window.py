@@ -121,15 +121,20 @@ def _is_within(record: CheckpointRecord, newest: CheckpointRecord, params: Windo
 
 
 def _tokens(record: CheckpointRecord, params: WindowParams) -> float:
-    """Tokens seen in training until this checkpoint."""
-    if record.tokens is not None:
-        return record.tokens
-    if params.tokens_per_step is None:
+    tokens = tokens_of(record, params)
+    if tokens is None:
         raise ConfigurationError(
             f"window.span_tokens is set, but {record.name!r} does not say its tokens (as "
             "step1000-tokens4B does); set window.tokens_per_step"
         )
-    return record.step * params.tokens_per_step
+    return tokens
+
+
+def tokens_of(record: CheckpointRecord, params: WindowParams) -> float | None:
+    """Tokens seen in training until this checkpoint; None when neither name nor params say."""
+    if record.tokens is not None:
+        return record.tokens
+    return params.tokens_per_step and record.step * params.tokens_per_step
 
 
 def in_order(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:

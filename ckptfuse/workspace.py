@@ -2,7 +2,8 @@
 
 records/   the only state            models/   merged weights, by fusion id
 ledger/    Git and DVC               cache/    blocks and digests, can be made again
-locks/     who is at work            tmp/      nothing that anyone needs
+held/      checkpoints kept           locks/    who is at work
+tmp/       nothing that anyone needs
 """
 
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ class Workspace:
     @property
     def read_freely(self) -> list[Path]:
         """What no cap on reading covers. Not all of the root: a demo's bucket lies in it too."""
-        return [self.root / name for name in ("records", "models", "cache")]
+        return [self.root / name for name in ("records", "models", "cache", "held")]
 
     @property
     def records(self) -> Records:

@@ -12,6 +12,8 @@ _QUIET = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # About 15 s a request instead of four minutes: the next look tries again.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "DVC_NO_ANALYTICS": "1",
     "HF_HUB_OFFLINE": "1",
     # A busy machine takes up to a minute to start the embedded server; the default is 20 s.

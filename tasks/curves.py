@@ -1,8 +1,13 @@
-"""What MLflow draws: losses by training step, per domain and for all, and the report's figures."""
+"""What MLflow draws: losses by training step, per domain and for all, and the report's figures.
+
+On report text, what people quote, metrics have bare names (``loss.fusion.python``); those on
+selection and audit text stand apart under ``selection/`` and ``audit/``.
+"""
 
 import math
 from collections.abc import Iterator
 
+from ckptfuse.corpus import SPLITS, Split
 from ckptfuse.evaluation import evaluate
 from ckptfuse.gate import best_member
 from ckptfuse.losses import combine
@@ -10,12 +15,15 @@ from ckptfuse.notes import ENERGY, domain_energies
 from ckptfuse.overview import Overview, overview, steps_saved
 from ckptfuse.records import CheckpointRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service, plans_of
+from ckptfuse.window import tokens_of
+from tasks.datasets import log_corpus
 from tasks.registry import Registry
 
 _BATCH = 1000
 
 #: A metric's name, its value, the training step, and when its checkpoint was written (s).
 Point = tuple[str, float, int, float]
+_LARGEST_LOSS = 700.0  # nats, whose perplexity is still a float64
 
 
 def draw_curves(registry: Registry) -> None:
@@ -25,6 +33,7 @@ def draw_curves(registry: Registry) -> None:
     from ckptfuse.report import figures
 
     run = registry.curves_run()
+    log_corpus(registry, run)
     seen = overview(registry.service)
     wanted = list(_points(registry.service, seen))
     logged = {
@@ -50,6 +59,9 @@ def _points(service: Service, seen: Overview) -> Iterator[Point]:
         written[checkpoint.fingerprint] = checkpoint.modified
         point = (checkpoint.step, checkpoint.modified)
         yield from _losses(service, "raw", checkpoint.fingerprint, checkpoint.tokenizer, point)
+        tokens = tokens_of(checkpoint, service.params.window)
+        if tokens is not None:
+            yield ("tokens", tokens, *point)
     for plan in plans_of(service).values():
         point = (plan.step, written.get(plan.ancillary, 0.0))
         best = best_member(plan.members).fingerprint
@@ -68,19 +80,25 @@ def _points(service: Service, seen: Overview) -> Iterator[Point]:
 def _losses(
     service: Service, name: str, model_id: str, tokenizer: str, point: tuple[int, float]
 ) -> Iterator[Point]:
-    """Loss (nats per token) and perplexity on report text, of each domain and of the target."""
-    by_domain = service.scorer.by_domain(model_id, tokenizer, "report")
-    if not by_domain:
-        return
-    loss = combine(by_domain, service.scorer.target_weights).mean
-    yield (f"loss.{name}", loss, *point)
-    yield (f"perplexity.{name}", math.exp(loss), *point)
-    for domain, estimate in by_domain.items():
-        yield (f"loss.{name}.{domain}", estimate.mean, *point)
+    """Loss (nats per token) and perplexity on each split, of each domain and of the target."""
+    for split in SPLITS:
+        by_domain = service.scorer.by_domain(model_id, tokenizer, split)
+        if not by_domain:
+            continue
+        target = combine(by_domain, service.scorer.target_weights).mean
+        losses = {name: target} | {f"{name}.{d}": found.mean for d, found in by_domain.items()}
+        for metric, loss in losses.items():
+            yield (f"{_prefix(split)}loss.{metric}", loss, *point)
+            if loss < _LARGEST_LOSS:
+                yield (f"{_prefix(split)}perplexity.{metric}", math.exp(loss), *point)
+
+
+def _prefix(split: Split) -> str:
+    return "" if split == "report" else f"{split}/"
 
 
 def describe_fusion(registry: Registry, run: str, decided: PlanRecord, verdict: GateRecord) -> None:
-    """A fusion's run: its figures on report text, and its weights by their checkpoints' steps."""
+    """A fusion's run: the corpus, figures on report text, weights by their checkpoints' steps."""
     from mlflow.entities import Metric, Param
 
     from ckptfuse.report.figures import domain_gains
@@ -104,7 +122,19 @@ def describe_fusion(registry: Registry, run: str, decided: PlanRecord, verdict: 
     }
     metrics = [Metric(k, v, 0, decided.step) for k, v in values.items() if math.isfinite(v)]
     metrics += [Metric("weight", member.weight, 0, member.step) for member in decided.members]
+    tokens = dict(_tokens(registry.service, decided))
+    metrics += [Metric("tokens", known, 0, step) for step, known in tokens.items()]
     registry.client.log_batch(
         run, metrics=metrics, params=[Param(key, value) for key, value in params.items()]
     )
     registry.client.log_text(run, domain_gains(gains), "figures/gain_by_domain.svg")
+    log_corpus(registry, run)
+
+
+def _tokens(service: Service, decided: PlanRecord) -> Iterator[tuple[int, float]]:
+    """Step and tokens of each checkpoint of a window, where they are known."""
+    for member in decided.members:
+        record = service.records.get(CheckpointRecord, member.signature)
+        tokens = None if record is None else tokens_of(record, service.params.window)
+        if tokens is not None:
+            yield member.step, tokens

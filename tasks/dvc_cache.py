@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckptfuse.errors import PublicationError
 from tasks.ledger import Ledger
-from tasks.stages import MODEL
+from tasks.pipeline import weights_of
 
 #: Ends the name of an object that lists the files of a folder.
 FOLDER = ".dir"
@@ -52,15 +52,17 @@ class DvcCache:
         Needed are all outputs of all tags, less the weights of the tags that are ``gone``. Raises
         PublicationError, before anything is deleted, when it cannot be told.
         """
-        weights, own = str(MODEL), self._ledger.outputs(tag)
-        if not self.object(own[weights]).is_file():
+        own = weights_of(self._ledger.outputs(tag))
+        if not self.object(own[1]).is_file():
             return set()  # deleted before: the list goes last
         needed = set[Path]()
         for other in self._ledger.git("tag", "--list").split():
-            for path, md5 in self._ledger.outputs(other).items():
+            outputs = self._ledger.outputs(other)
+            weights, _ = weights_of(outputs)
+            for path, md5 in outputs.items():
                 if path != weights or other not in gone:
                     needed |= self.objects(path, md5)
-        return self.objects(weights, own[weights]) - needed
+        return self.objects(*own) - needed
 
 
 def md5_of(path: Path) -> str:

@@ -5,6 +5,8 @@
     window.yaml dvc.lock metrics.json      what came out            in Git
     corpus/ scores/ decision.json model/   text, scores, weights    in DVC
 
+With ``versions.weights: manifest``, manifest.json stands in DVC where model/ does (pipeline.py).
+
 Files that the service computed elsewhere are laid in place and taken over with ``dvc commit``, so
 that ``dvc repro`` at the tag finds nothing to do, and makes the same bytes when forced.
 """
@@ -21,22 +23,34 @@ import yaml
 
 from ckptfuse.corpus import jsonl
 from ckptfuse.errors import PublicationError
+from ckptfuse.params import LedgerParams
 from ckptfuse.processes import end_with_parent
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
 from ckptfuse.service import Service
 from ckptfuse.store import open_store, remove_folder
 from tasks import stages
+from tasks.pipeline import MANIFEST, pipeline, template, weights_of
 from tasks.window_file import WindowFile
 
 _IDENTITY = ("user.name=ckptfuse", "user.email=ckptfuse@localhost", "commit.gpgsign=false")
-_TEMPLATES = ("dvc.yaml", "constraints.txt")
-_IGNORED = "/corpus\n/scores\n/decision.json\n/model\n"
+_IGNORED = "/corpus\n/scores\n/decision.json\n/model\n/manifest.json\n"
+#: With any other type first DVC copies what it commits, where reflinks are missing.
+_SETTINGS = """[cache]
+    type = "hardlink,copy"
+[core]
+    analytics = false
+    autostage = false
+"""
+_REMOTE = """    remote = storage
+['remote "storage"']
+    url = "{url}"
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """Where one fusion is in the ledger. ``weights_hash`` is DVC's hash of ``model/``."""
+    """Where one fusion is in the ledger. ``weights_hash`` is DVC's, of model/ or manifest.json."""
 
     tag: str
     commit: str
@@ -90,6 +104,7 @@ class Ledger:
         (self.folder / ".git" / "index.lock").unlink(missing_ok=True)
         if not self._has_commit():
             self._first_commit()
+        self.git("symbolic-ref", "HEAD", "refs/heads/main")  # a push may have been at a tag
         self.git("reset", "--quiet", "--hard")
         for lock in ("lock", "rwlock", "rwlock.lock"):
             (self.folder / ".dvc" / "tmp" / lock).unlink(missing_ok=True)
@@ -104,20 +119,22 @@ class Ledger:
     def _first_commit(self) -> None:
         remove_folder(self.folder / ".dvc")
         self.dvc("init")
-        self.dvc("config", "core.analytics", "false")
-        self.dvc("config", "core.autostage", "false")
-        # With any other type first DVC copies what it commits, where reflinks are missing.
-        self.dvc("config", "cache.type", "hardlink,copy")
-        (self.folder / ".gitignore").write_text(_IGNORED)
+        self._configure(None)
         self.git("add", "--all")
         self.git("commit", "--quiet", "--message", "A ledger of fusions")
+
+    def _configure(self, dvc_remote: str | None) -> None:
+        """DVC's settings, as files: each of its commands takes a second."""
+        remote = _REMOTE.format(url=dvc_remote) if dvc_remote else ""
+        (self.folder / ".dvc" / "config").write_text(_SETTINGS + remote)
+        (self.folder / ".gitignore").write_text(_IGNORED)
 
     def find(self, tag: str) -> LedgerEntry | None:
         """The entry of a tag; None when it was not made yet."""
         if not self.git("tag", "--list", tag):
             return None
         commit = self.git("rev-list", "-n", "1", tag)
-        return LedgerEntry(tag, commit, self.outputs(commit)[str(stages.MODEL)])
+        return LedgerEntry(tag, commit, weights_of(self.outputs(commit))[1])
 
     def outputs(self, commit: str) -> dict[str, str]:
         """What DVC holds of a commit (or tag): path -> DVC's hash."""
@@ -150,15 +167,25 @@ class Ledger:
             self.git("tag", "--annotate", tag, "--message", verdict.reason)
             known = self.find(tag)
             assert known is not None
-        if service.params.ledger.remote:
-            self.git("push", "--quiet", service.params.ledger.remote, "HEAD:main", tag)
+        self._push(service.params.ledger, known)
         return known
+
+    def _push(self, params: LedgerParams, entry: LedgerEntry) -> None:
+        """Data first: a commit that others see is one whose data they can pull."""
+        if params.dvc_remote:
+            if self.git("rev-parse", "HEAD") != entry.commit:  # DVC pushes what is checked out
+                self.git("checkout", "--quiet", "--detach", entry.commit)
+            self._configure(params.dvc_remote)
+            self.dvc("push")
+        if params.remote:
+            self.git("push", "--quiet", params.remote, "main", entry.tag)
 
     def _lay_out(
         self, service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
     ) -> None:
-        for name in _TEMPLATES:
-            (self.folder / name).write_bytes(template(name).read_bytes())
+        (self.folder / "dvc.yaml").write_text(pipeline(service.params.versions))
+        (self.folder / "constraints.txt").write_bytes(template("constraints.txt").read_bytes())
+        self._configure(service.params.ledger.dvc_remote)
         WindowFile.of(decided, verdict).write(self.folder)  # dvc.yaml does not parse without it
         self._lay_corpus(service)
         remove_folder(self.folder / "scores")
@@ -167,7 +194,15 @@ class Ledger:
             export_scores(service.scorer, member.fingerprint, decided.tokenizer, path)
         stages.write_decision(decided, self.folder)
         stages.write_metrics(service, decided, verdict, self.folder)
-        link_tree(Path(fusion.folder), self.folder / "model")
+        self._lay_weights(Path(fusion.folder), in_cache=service.params.versions.weights == "cache")
+
+    def _lay_weights(self, made: Path, *, in_cache: bool) -> None:
+        remove_folder(self.folder / stages.MODEL)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        if in_cache:
+            link_tree(made, self.folder / stages.MODEL)
+        else:
+            shutil.copyfile(made / "fusion.json", self.folder / MANIFEST)
 
     def _lay_corpus(self, service: Service) -> None:
         """The documents drawn, and the scientific parameters with their paths in the ledger.
@@ -207,12 +242,6 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         return True
-
-
-def template(name: str) -> Path:
-    """A file of the ledger's template: inside an installed package, or the project's root."""
-    packaged = Path(__file__).parent / "ledger_template" / name
-    return packaged if packaged.is_file() else Path(__file__).parent.parent / name
 
 
 def link_tree(source: Path, target: Path) -> None:

@@ -8,6 +8,14 @@ from ckptfuse.errors import PublicationError
 
 #: Where mlflow.transformers expects the weights beside its MLmodel.
 MODEL_FOLDER = "model"
+#: A call that a consumer can copy: prompts, and what the signature lets one say beside them.
+EXAMPLE = (["Once upon a time"], {"max_new_tokens": 16})
+#: What a caller may say beside the prompts, with defaults by which the same prompt has one answer.
+_GENERATION = (
+    ("max_new_tokens", "long", 64),
+    ("do_sample", "boolean", False),
+    ("temperature", "double", 1.0),
+)
 
 
 def package(model: Path, target: Path) -> None:
@@ -18,19 +26,21 @@ def package(model: Path, target: Path) -> None:
     from huggingface_hub import ModelCard
     from mlflow.models import Model
     from mlflow.models.signature import ModelSignature
-    from mlflow.types.schema import ColSpec, Schema
+    from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema
 
-    weights = {path for path in model.iterdir() if path.suffix == ".safetensors"}
+    weights = {path for path in model.iterdir() if is_weights(path)}
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         for path in set(model.iterdir()) - weights:
             os.link(path, Path(folder, path.name))
         text = Schema([ColSpec("string")])
+        params = ParamSchema([ParamSpec(*item) for item in _GENERATION])
         mlflow.transformers.save_model(
             folder,
             str(target),
             task="text-generation",
             model_card=ModelCard((model / "README.md").read_text()),
-            signature=ModelSignature(inputs=text, outputs=text),
+            signature=ModelSignature(inputs=text, outputs=text, params=params),
+            input_example=EXAMPLE,
             pip_requirements=[
                 f"mlflow=={mlflow.__version__}",
                 f"torch=={torch.__version__.partition('+')[0]}",
@@ -46,6 +56,10 @@ def package(model: Path, target: Path) -> None:
     described.save(str(target / "MLmodel"))
     if not (target / MODEL_FOLDER / "config.json").is_file():
         raise PublicationError(f"mlflow.transformers laid no model in {target / MODEL_FOLDER}")
+
+
+def is_weights(path: Path) -> bool:
+    return path.suffix == ".safetensors"
 
 
 def library_tags() -> dict[str, str]:

@@ -1,13 +1,11 @@
 """MLflow: one registered model and one experiment per trajectory, a version per published fusion.
 
 Nothing in MLflow is idempotent, so each step looks for its own mark (the tag ``ckptfuse.fusion``)
-before it acts; under the workspace's lock that converges to one. Weights are never copied: in a
-local artifact store they are hard links, elsewhere one upload.
+before it acts; under the workspace's lock that converges to one.
 """
 
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +15,11 @@ from typing import Any
 from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service
-from tasks.ledger import LedgerEntry, link_tree
+from tasks import artifacts
+from tasks.artifacts import local_folder
+from tasks.ledger import LedgerEntry
 from tasks.packaging import MODEL_FOLDER, library_tags, package
+from tasks.tracking import require_answer, tracking_uri
 
 FUSION_TAG = "ckptfuse.fusion"
 _ROLE_TAG = "ckptfuse.role"
@@ -27,20 +28,11 @@ _RUN_NAME_TAG = "mlflow.runName"
 _PLAN, _GATE = "plan.json", "gate.json"
 
 
-#: Read before MLflow is told a URI: it then overwrites the variable, for a next service too.
-_GIVEN_URI = os.environ.get("MLFLOW_TRACKING_URI")
-
-
-def tracking_uri(service: Service) -> str:
-    """The tracking server, or a sqlite file in the workspace."""
-    given = service.params.mlflow.tracking_uri or _GIVEN_URI
-    return given or f"sqlite:///{service.workspace.root.resolve()}/mlflow.db"
-
-
 @contextmanager
 def registry_of(service: Service) -> Iterator["Registry"]:
     """The registry; whatever MLflow, its database or the network raise is a PublicationError."""
     try:
+        require_answer(tracking_uri(service))
         yield Registry(service)
     except CkptfuseError:
         raise
@@ -70,13 +62,21 @@ class Registry:
         found = self.client.get_experiment_by_name(self.service.params.trajectory)
         if found is not None:
             return str(found.experiment_id)
-        local = tracking_uri(self.service).startswith("sqlite:")
-        artifacts = self.service.workspace.folder("mlartifacts").resolve().as_uri()
         return str(
             self.client.create_experiment(
-                self.service.params.trajectory, artifact_location=artifacts if local else None
+                self.service.params.trajectory, artifact_location=self._artifact_location()
             )
         )
+
+    def _artifact_location(self) -> str | None:
+        """Where a new experiment's artifacts go; None leaves it to the server."""
+        root = self.service.params.mlflow.artifact_root
+        if root is not None:
+            place = f"{root.rstrip('/')}/{self.service.params.trajectory}"
+            return place if "://" in place else Path(place).as_uri()
+        if tracking_uri(self.service).startswith("sqlite:"):
+            return self.service.workspace.folder("mlartifacts").resolve().as_uri()
+        return None
 
     def _run(self, tag: str, value: str, tags: Mapping[str, str]) -> str:
         """The run that carries this tag, made if need be."""
@@ -144,13 +144,10 @@ class Registry:
 
     def missing(self, version: str, files: Mapping[str, int]) -> str | None:
         """What a version lacks of its model's files (path -> size); None when it would load."""
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
         found = self.version(version)
         if found is None:
             return "it is not registered any more"
-        listed = get_artifact_repository(self._location(found)).list_artifacts(MODEL_FOLDER)
-        sizes = {str(f.path).removeprefix(f"{MODEL_FOLDER}/"): f.file_size for f in listed}
+        sizes = artifacts.weight_sizes(self._location(found))
         for path, size in files.items():
             if sizes.get(path) != size:
                 return f"its file {path} is not there at its {size:,} bytes"
@@ -238,24 +235,9 @@ class Registry:
             with tempfile.TemporaryDirectory(dir=self.service.workspace.folder("tmp")) as folder:
                 packaged = Path(folder, "packaged")
                 package(Path(fusion.folder), packaged)
-                self._store(model, packaged)
+                artifacts.store(str(model.artifact_location), packaged)
             self.client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
-
-    def _store(self, model: Any, packaged: Path) -> None:
-        """Into the artifact store: by hard links where it is a folder of ours, else an upload."""
-        folder = local_folder(str(model.artifact_location))
-        if folder is not None:
-            link_tree(packaged, folder)
-        else:
-            self.client.log_model_artifacts(model.model_id, str(packaged))
-
-
-def local_folder(location: str) -> Path | None:
-    """The folder that an artifact location names; None when it is no folder of this machine."""
-    if location.startswith("file://"):
-        return Path(location.removeprefix("file://"))
-    return Path(location) if location.startswith("/") else None
 
 
 def version_tags(decided: PlanRecord, verdict: GateRecord, entry: LedgerEntry) -> dict[str, str]:

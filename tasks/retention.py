@@ -1,7 +1,8 @@
 """Delete what the policy keeps no longer: workspace copies, and published fusions altogether.
 
-Of a retired fusion go its version, its packaged model and its weights in DVC's cache; its tag,
-its commit, its run and all records stay, so it can still be made again from its checkpoints.
+Of a retired fusion go its version, its packaged model, its weights in DVC's cache and the
+checkpoints that were held for it alone; its tag, its commit, its run and all records stay, so it
+can still be made again from its checkpoints, while their trainer keeps them.
 `dvc gc` is not asked: it takes whatever the commits that one names do not need.
 """
 
@@ -24,9 +25,11 @@ from ckptfuse.records import (
 from ckptfuse.retention import why_kept
 from ckptfuse.service import Service, plans_of
 from ckptfuse.store import remove_folder
+from tasks import held
+from tasks.artifacts import local_folder
 from tasks.dvc_cache import FOLDER, DvcCache
 from tasks.marks import is_marked, mark
-from tasks.registry import Registry, local_folder, registry_of
+from tasks.registry import Registry, registry_of
 from tasks.version import ledger_of
 
 _MARK = "retired"
@@ -44,12 +47,13 @@ class Stale:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What stays, why, and what goes; and the bytes of disk that come back."""
+    """What stays, why, and what goes; the bytes of disk that come back, and what is held."""
 
     kept: tuple[tuple[PublicationRecord, str], ...]
     going: tuple[PublicationRecord, ...]
     stale: tuple[Stale, ...]
     freed: int
+    holding: held.Cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +113,13 @@ def outlook(service: Service) -> Outlook:
     stale = stale_models(service)
     paths = {path for item in stale for path in _files(item.folder)}
     if not publications(service):
-        return Outlook((), (), tuple(stale), freed_bytes(paths))
+        return Outlook((), (), tuple(stale), freed_bytes(paths), held.cost(service))
     with registry_of(service) as registry:
         kept, going = _sorted_out(service, registry)
         gone = _gone(service) | {record.tag for record in going}
         for record in going:
             paths |= _files_of(service, registry, record.fusion, record.tag, gone)
-    return Outlook(kept, going, tuple(stale), freed_bytes(paths))
+    return Outlook(kept, going, tuple(stale), freed_bytes(paths), held.cost(service))
 
 
 def prune_copies(service: Service) -> Iterator[Deleted]:
@@ -199,6 +203,7 @@ def _delete(service: Service, registry: Registry, retired: RetirementRecord) -> 
     for path in sorted(files, key=lambda path: path.suffix == FOLDER):  # DVC's list of them last
         path.unlink(missing_ok=True)
     remove_folder(service.workspace.model(retired.fusion))
+    held.release(service, retired.tag)
     return freed
 
 
@@ -209,7 +214,8 @@ def _files_of(
     folders = [local_folder(location) for location in registry.artifacts(fusion)]
     packaged = {path for folder in folders if folder for path in _files(folder)}
     objects = DvcCache(ledger_of(service)).only_of(tag, gone)
-    return packaged | objects | _files(service.workspace.model(fusion))
+    copies = held.only_of(service, tag, gone)
+    return packaged | objects | copies | _files(service.workspace.model(fusion))
 
 
 def _files(folder: Path) -> set[Path]:

@@ -13,7 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckptfuse.checkpoints import Checkpoint, open_checkpoint
-from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, ConfigurationError
+from ckptfuse.errors import (
+    ChangedCheckpoint,
+    CkptfuseError,
+    ConfigurationError,
+    IncompleteCheckpoint,
+    MissingFile,
+    StoreError,
+)
 from ckptfuse.evaluation import Evaluation, evaluate
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.gate import Share
@@ -37,8 +44,16 @@ MODEL = Path("model")
 METRICS = Path("metrics.json")
 LOSSES = Path("losses.csv")
 
+_DVC = Path(".dvc")
+#: Tokenised text, by its digest: the first stage makes it for all. DVC keeps tmp/ out of Git.
+_CACHE = _DVC / "tmp" / "ckptfuse"
 #: Largest change of a weight between the pinned decision and the one derived again.
 WEIGHT_TOLERANCE = 0.02
+
+_ELSEWHERE = (
+    "`dvc pull` fetches the merged weights as they were published; CKPTFUSE_BUCKET names the place "
+    "where the checkpoints lie now"
+)
 
 
 @contextmanager
@@ -46,12 +61,12 @@ def _bench() -> Iterator[tuple[Service, WindowFile, PlanRecord]]:
     params = load_params()
     window = read_window_file(Path())
     with tempfile.TemporaryDirectory(prefix="ckptfuse-stage-") as folder:
-        throttle.configure(params.reading.limits(), own=[Path(folder), MODEL])
-        yield (
-            Service(params, Workspace(Path(folder))),
-            window,
-            window.plan(dtype=params.fuse.dtype),
-        )
+        workspace = Workspace(Path(folder))
+        if _DVC.is_dir():
+            _CACHE.mkdir(parents=True, exist_ok=True)
+            (workspace.root / "cache").symlink_to(_CACHE.resolve())
+        throttle.configure(params.reading.limits(), own=[workspace.root, MODEL])
+        yield Service(params, workspace), window, window.plan(dtype=params.fuse.dtype)
 
 
 def score(key: str) -> None:
@@ -60,6 +75,7 @@ def score(key: str) -> None:
         if key not in window.checkpoints:
             raise ConfigurationError(f"window.yaml has no checkpoint {key!r}")
         pinned = window.plan(dtype=None).members[list(window.checkpoints).index(key)]
+        _open_source(pinned)
         source = service.scorer.tokenizer(pinned.uri)
         model = CheckpointModel(input=Input(uri=pinned.uri))
         (answer,) = service.scorer.score([model], source)
@@ -101,8 +117,10 @@ def fuse() -> None:
     """``model/``: the merge with the pinned weights."""
     with _bench() as (service, _, pinned):
         weights = json.loads(DECISION.read_text())["weights"]
-        spec = spec_of(service, pinned.members, list(weights.values()))
-        opened = [_open_pinned(member) for member in pinned.members]
+        newest = pinned.members[-1]
+        needed = [m for m in pinned.members if weights[f"step{m.step}"] or m is newest]
+        spec = spec_of(service, needed, [weights[f"step{m.step}"] for m in needed])
+        opened = [_open_pinned(member) for member in needed]
         remove_folder(MODEL)
         make_fusion(spec, opened, MODEL)
 
@@ -166,24 +184,34 @@ def _import_all(service: Service, window: WindowFile) -> None:
         import_scores(service.records, SCORES / f"{key}.npz")
 
 
+def _open_source(member: Member) -> Checkpoint:
+    """A checkpoint of the window; an error says which one is not there any more."""
+    try:
+        return open_checkpoint(member.uri)
+    except (StoreError, IncompleteCheckpoint) as error:
+        raise MissingFile(
+            f"the checkpoint of step {member.step} is not at {member.uri} any more: {error}. "
+            f"{_ELSEWHERE}"
+        ) from error
+
+
 def _open_pinned(member: Member) -> Checkpoint:
-    checkpoint = open_checkpoint(member.uri)
-    if member.weight:
-        _check_fingerprint(member, fingerprint_of(checkpoint))
+    checkpoint = _open_source(member)
+    _check_fingerprint(member, fingerprint_of(checkpoint))
     return checkpoint
 
 
 def _check_fingerprint(member: Member, found: str | None) -> None:
     if found != member.fingerprint:
         raise ChangedCheckpoint(
-            f"{member.uri}: its bytes have fingerprint {str(found)[:16]}, pinned is "
-            f"{member.fingerprint[:16]}: it was written again since. `dvc pull` fetches the merged "
-            "weights as they were published"
+            f"the checkpoint of step {member.step} at {member.uri} was written again since: its "
+            f"bytes have fingerprint {str(found)[:16]}, pinned is {member.fingerprint[:16]}. "
+            f"{_ELSEWHERE}"
         )
 
 
 def _checkpoint_record(member: Member, window: WindowFile) -> CheckpointRecord:
-    opened = open_checkpoint(member.uri)
+    opened = _open_source(member)
     return CheckpointRecord(
         name=member.name,
         uri=member.uri,

@@ -5,7 +5,8 @@ from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service
-from tasks.ledger import Ledger, LedgerEntry
+from tasks import held
+from tasks.ledger import Ledger, LedgerEntry, tag_of
 from tasks.log import log
 
 
@@ -17,7 +18,9 @@ def ledger_of(service: Service) -> Ledger:
 def commit_fusion(
     service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
 ) -> LedgerEntry:
-    """Pin the fusion's data and weights."""
+    """Pin the fusion's data and weights, and hold its checkpoints where they are to be held."""
+    if service.params.versions.inputs == "held":
+        held.hold(service, decided, tag_of(decided))
     entry = ledger_of(service).enter(service, decided, verdict, fusion)
     log.info("step %d is in the ledger under the tag %s", decided.step, entry.tag)
     return entry

@@ -22,6 +22,7 @@ from tests.servers import free_port, moto_server, rclone_server  # noqa: F401 - 
 
 BINARIES = Path(sys.executable).parent
 DOMAINS = ("python", "prose", "c")
+TOKENS_PER_STEP = 2048
 
 
 _SERVER_PORT = pytest.StashKey[int]()
@@ -275,7 +276,8 @@ def finished(
     def run(folder: Path) -> None:
         from flows.watch import watch
 
-        project = make_project(folder, trajectory)
+        window = {"tokens_per_step": TOKENS_PER_STEP}
+        project = make_project(folder, trajectory, window=window)
         project.land(420, 480, 540, 600)
         first = watch(project.params_file)
         assert (first.scored, first.published) == (4, 1), first

@@ -28,8 +28,8 @@ from mlflow import MlflowClient
 
 import ckptfuse.jobs
 import ckptfuse.merge.folder
+import tasks.artifacts
 import tasks.ledger
-import tasks.registry
 import tasks.retention
 from ckptfuse.records import Records
 from flows.watch import watch
@@ -37,9 +37,9 @@ from tests.conftest import Project, Trajectory
 from tests.observing import observe
 
 _MLFLOW = (
-    "create_experiment", "create_run", "log_batch", "log_dict", "log_text", "create_logged_model",
-    "finalize_logged_model", "create_registered_model", "create_model_version", "set_terminated",
-    "set_registered_model_alias",
+    "create_experiment", "create_run", "log_batch", "log_dict", "log_text", "log_inputs",
+    "create_logged_model", "finalize_logged_model", "create_registered_model",
+    "create_model_version", "set_terminated", "set_registered_model_alias",
 )  # fmt: skip
 
 
@@ -78,7 +78,7 @@ class Killer:
         self.wrap(ckptfuse.merge.folder, "_rename", lambda *_: "weights renamed")
         self.wrap(tasks.ledger.Ledger, "_run", lambda _, command: _words(command))
         self.wrap(tasks.ledger, "link_tree", lambda *_: "weights linked into the ledger")
-        self.wrap(tasks.registry, "link_tree", lambda *_: "weights linked into the registry")
+        self.wrap(tasks.artifacts, "link_tree", lambda *_: "weights linked into the registry")
         self.wrap(tasks.retention, "remove_folder", lambda *_: "weights pruned")
         for method in _MLFLOW:
             self.wrap(MlflowClient, method, lambda *a, m=method, **_: _mlflow(m, *a))

@@ -62,6 +62,9 @@ def _mlflow(project: Project) -> dict[str, Any]:
         name = f"run {run.info.run_name}"
         assert name not in found, "two runs of one name"
         found[name] = run.info.status
+        found[f"{name} corpus"] = sorted(
+            f"{item.dataset.name} {item.dataset.digest}" for item in run.inputs.dataset_inputs
+        )
         for metric in run.data.metrics:
             history = client.get_metric_history(run.info.run_id, metric)
             found[f"{name} {metric}"] = sorted((point.step, point.value) for point in history)

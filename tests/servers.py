@@ -1,6 +1,7 @@
-"""Real S3 servers on loopback, of two kinds: moto (an emulator) and rclone (files on disk)."""
+"""Real servers on loopback: S3's of two kinds, moto (an emulator) and rclone (files); MLflow's."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def rclone(folder: Path, *flags: str) -> Iterator[S3Server]:
 
 
 def _serve(name: str, command: list[str], port: int, folder: Path) -> Iterator[S3Server]:
-    url = f"http://127.0.0.1:{port}"
+    url, nothing = f"http://127.0.0.1:{port}", folder / "no-profiles"
+    nothing.touch()  # the null device is no file to DVC's S3 client
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -78,8 +80,8 @@ def _serve(name: str, command: list[str], port: int, folder: Path) -> Iterator[S
                 "AWS_SECRET_ACCESS_KEY": SECRET,
                 "AWS_DEFAULT_REGION": "us-east-1",
                 "AWS_EC2_METADATA_DISABLED": "true",
-                "AWS_CONFIG_FILE": os.devnull,
-                "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+                "AWS_CONFIG_FILE": str(nothing),
+                "AWS_SHARED_CREDENTIALS_FILE": str(nothing),
                 "NO_PROXY": "127.0.0.1",
             },
         )
@@ -89,7 +91,7 @@ def _serve(name: str, command: list[str], port: int, folder: Path) -> Iterator[S
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         assert server.poll() is None, f"the server at {url} ended at once"
         try:
             urllib.request.urlopen(url, timeout=2)
@@ -111,3 +113,46 @@ def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     with rclone(tmp_path_factory.mktemp("rclone")) as server:
         yield server
+
+
+@dataclass
+class TrackingServer:
+    """``mlflow server``: a process group that is started, stopped, and killed as a test needs."""
+
+    database: str
+    artifacts: str
+    log: Path
+    port: int = field(default_factory=free_port)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Come up, with no credentials of S3's: artifacts do not go through it."""
+        command = [
+            str(BINARIES / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(self.port),
+            "--backend-store-uri", self.database, "--default-artifact-root", self.artifacts,
+            "--no-serve-artifacts", "--workers", "1",
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_"))}
+        environment |= {
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        _wait_for(f"{self.url}/health", self._process)
+
+    def signal(self, number: signal.Signals) -> None:
+        """SIGSTOP: it hangs, and takes connections all the same. SIGCONT: it goes on."""
+        assert self._process is not None
+        os.killpg(self._process.pid, number)
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self._process.wait()

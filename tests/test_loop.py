@@ -1,25 +1,45 @@
 """The whole loop on a real trajectory: watch, fuse, gate, ledger, registry, and doing it again."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from ckptfuse.corpus import read_corpus
 from ckptfuse.params import load_params
 from ckptfuse.records import PromotionRecord, VetoRecord
+from ckptfuse.score_files import read_scores
 from ckptfuse.service import open_service
 from ckptfuse.steps.veto import hear_veto
 from ckptfuse.veto import to_arrays, veto_key
 from tasks.aliases import settle_champion
 from tasks.registry import Registry
-from tests.conftest import DOMAINS, Project, Trajectory
+from tests.conftest import DOMAINS, TOKENS_PER_STEP, Project, Trajectory, environment
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished project's runs in MLflow; ``find`` takes a tag of ours and its value."""
+
+    client: MlflowClient
+    find: Callable[[str, str], Run]
+
+    def history(self, metric: str) -> dict[int, float]:
+        """Step -> value, of the trajectory's run."""
+        run = self.find("role", "curves").info.run_id
+        return {point.step: point.value for point in self.client.get_metric_history(run, metric)}
 
 
 def test_each_published_fusion_has_one_tag_one_version_and_the_champion_alias(
@@ -67,32 +87,37 @@ def test_watching_again_does_nothing_and_says_so(finished: Project) -> None:
     assert len(finished.versions()) == 2
 
 
-def test_the_ledger_is_clean_and_a_forced_repro_makes_the_same_weights(
+def test_a_fresh_clone_elsewhere_makes_the_same_bytes_scores_and_verdict(
     finished: Project, tmp_path: Path
 ) -> None:
-    ledger = finished.workspace / "ledger"
+    """With nothing but the bucket and the corpus, in other places, on another number of threads."""
+    ledger, clone = finished.workspace / "ledger", tmp_path / "elsewhere" / "clone"
     tag = finished.git("tag").split()[0]
-    clone = tmp_path / "again"
     published = {r["tag"]: r for r in finished.records("publication").values()}[tag]
-
-    def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    subprocess.run(["git", "clone", "-q", ledger, clone], check=True)
-    run("git", "checkout", "-q", tag)
-    run("dvc", "cache", "dir", "--local", str(ledger / ".dvc" / "cache"))
-    run("dvc", "checkout", "-q", "corpus.dvc")
-    run("dvc", "repro", "--quiet", "--force")
-    assert "up to date" in run("dvc", "status")
-    hashes = [line.strip() for line in (clone / "dvc.lock").read_text().splitlines()]
-    assert f"md5: {published['weights_hash']}" in hashes
-    metrics = json.loads((clone / "metrics.json").read_text())
-    pinned = json.loads(finished.git("show", f"{tag}:metrics.json"))
-    assert metrics["gain"]["newest"]["loss"] == pytest.approx(
-        pinned["gain"]["newest"]["loss"], abs=1e-4
+    shutil.copytree(finished.bucket, tmp_path / "bucket")
+    subprocess.run(["git", "clone", "-q", "--branch", tag, ledger, clone], check=True)
+    shutil.copytree(ledger / "corpus", clone / "corpus")
+    moved = {"CKPTFUSE_BUCKET": str(tmp_path / "bucket"), "CKPTFUSE_SCORING__THREADS": "2"}
+    done = subprocess.run(
+        ["dvc", "repro"], cwd=clone, env=environment() | moved, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Running stage 'evaluate'" in done.stdout
+    lock = yaml.safe_load((clone / "dvc.lock").read_text())["stages"]
+    assert lock["fuse"]["outs"][0]["md5"] == published["weights_hash"]
+    steps = sorted(path.stem for path in (clone / "scores").iterdir())
+    assert len(steps) == 4
+    for step in steps:
+        ours, theirs = (read_scores(f / "scores" / f"{step}.npz") for f in (clone, ledger))
+        for (key, _, losses), (their_key, _, their_losses) in zip(ours, theirs, strict=True):
+            assert key == their_key
+            np.testing.assert_allclose(losses["nll"], their_losses["nll"], rtol=1e-5)
+    metrics = json.loads((clone / "metrics.json").read_text())
+    before = json.loads(finished.git("show", f"{tag}:metrics.json"))
+    assert metrics["gate"]["passed"] == before["gate"]["passed"] is True
+    for model in ("fusion", "best", "newest"):
+        found, known = metrics["report"][model]["loss"], before["report"][model]["loss"]
+        assert found == pytest.approx(known, abs=1e-5)
 
 
 def test_the_ledger_keeps_what_was_drawn_and_it_is_the_services_corpus(
@@ -110,25 +135,6 @@ def test_the_ledger_keeps_what_was_drawn_and_it_is_the_services_corpus(
         assert 0 < len(kept) <= sources[name]["distinct"]
 
 
-def test_the_champion_loads_from_the_registry_in_a_fresh_process(finished: Project) -> None:
-    program = (
-        "import mlflow, sys; mlflow.set_tracking_uri(sys.argv[1]);"
-        "pipe = mlflow.transformers.load_model('models:/trial@champion');"
-        "print('GENERATED', pipe('import os', max_new_tokens=4)[0]['generated_text']);"
-        "served = mlflow.pyfunc.load_model('models:/trial@champion');"
-        "print('SERVED', served.predict(['def f('])[0])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, finished.mlflow_uri],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "GENERATED import os" in done.stdout
-    assert "SERVED def f(" in done.stdout
-
-
 def test_the_weights_of_a_fusion_take_their_disk_blocks_once(finished: Project) -> None:
     """In models/, MLflow's artifacts and DVC's cache together: hard links of one file."""
     folders = [finished.workspace / f for f in ("models", "mlartifacts", "ledger/.dvc/cache")]
@@ -140,31 +146,74 @@ def test_the_weights_of_a_fusion_take_their_disk_blocks_once(finished: Project) 
     assert taken <= 1.1 * size * len(finished.versions())
 
 
-def test_the_curves_in_mlflow_are_drawn_by_training_step(finished: Project) -> None:
-    from mlflow import MlflowClient
+RAW_STEPS, FUSED_STEPS = [420, 480, 540, 600, 660, 720], [600, 720]
 
+
+@pytest.fixture
+def runs(finished: Project) -> Runs:
     client = MlflowClient(tracking_uri=finished.mlflow_uri)
     experiment = client.get_experiment_by_name("trial")
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`ckptfuse.role` = 'curves'")
-    raw = client.get_metric_history(run.info.run_id, "loss.raw")
-    assert sorted(metric.step for metric in raw) == [420, 480, 540, 600, 660, 720]
-    fused = client.get_metric_history(run.info.run_id, "loss.fusion")
-    assert sorted(metric.step for metric in fused) == [600, 720]
-    by_domain = client.get_metric_history(run.info.run_id, "loss.raw.python")
-    assert sorted(metric.step for metric in by_domain) == [420, 480, 540, 600, 660, 720]
-    drawn = {item.path for item in client.list_artifacts(run.info.run_id, "figures")}
+
+    def find(tag: str, value: str) -> Run:
+        wanted = f"tags.`ckptfuse.{tag}` = '{value}'"
+        (run,) = client.search_runs([experiment.experiment_id], wanted)
+        return run
+
+    return Runs(client, find)
+
+
+@pytest.mark.parametrize("split", ["", "selection/", "audit/"])
+def test_losses_and_perplexities_are_in_mlflow_by_training_step(runs: Runs, split: str) -> None:
+    """Raw, best single and merged; of the target and of each domain; on report text by default."""
+    models = {"raw": RAW_STEPS, "best_single": FUSED_STEPS, "fusion": FUSED_STEPS}
+    for model, steps in models.items():
+        for domain in ("", *(f".{name}" for name in DOMAINS)):
+            losses = runs.history(f"{split}loss.{model}{domain}")
+            perplexities = runs.history(f"{split}perplexity.{model}{domain}")
+            assert sorted(losses) == sorted(perplexities) == steps
+            for step, loss in losses.items():
+                assert perplexities[step] == pytest.approx(math.exp(loss))
+
+
+def test_the_trajectory_in_mlflow_has_tokens_figures_and_what_was_saved(runs: Runs) -> None:
+    assert runs.history("tokens") == {step: step * TOKENS_PER_STEP for step in RAW_STEPS}
+    saved = runs.history("steps_saved")
+    assert saved.keys() <= set(FUSED_STEPS)
+    run = runs.find("role", "curves")
+    drawn = {item.path for item in runs.client.list_artifacts(run.info.run_id, "figures")}
     assert drawn == {"figures/losses.svg", "figures/weights.svg"}
+
+
+def test_the_run_of_a_fusion_has_weights_by_checkpoint_and_gains_by_domain(
+    finished: Project, runs: Runs
+) -> None:
     for plan in finished.plans():
-        (own,) = client.search_runs(
-            [experiment.experiment_id], f"tags.`ckptfuse.fusion` = '{plan['fusion']}'"
-        )
-        weights = client.get_metric_history(own.info.run_id, "weight")
+        run = runs.find("fusion", plan["fusion"])
+        weights = runs.client.get_metric_history(run.info.run_id, "weight")
         assert {m.step: m.value for m in weights} == {
             m["step"]: m["weight"] for m in plan["members"]
         }
-        (gains,) = client.list_artifacts(own.info.run_id, "figures")
+        assert {f"gain.newest.{name}" for name in DOMAINS} <= run.data.metrics.keys()
+        (gains,) = runs.client.list_artifacts(run.info.run_id, "figures")
         assert gains.path == "figures/gain_by_domain.svg"
+
+
+def test_the_corpora_are_datasets_of_the_runs_with_their_digests(
+    finished: Project, runs: Runs
+) -> None:
+    found = [runs.find("role", "curves")]
+    found += [runs.find("fusion", plan["fusion"]) for plan in finished.plans()]
+    (corpus,) = finished.records("corpus")
+    logged = [[item.dataset for item in run.inputs.dataset_inputs] for run in found]
+    assert [{d.name for d in datasets} for datasets in logged] == [set(DOMAINS)] * 3
+    assert len({d.digest for datasets in logged for d in datasets}) == len(DOMAINS)
+    for dataset in logged[0]:
+        assert json.loads(dataset.source) == {"uri": str(finished.trajectory.corpus[dataset.name])}
+        profile = json.loads(dataset.profile)
+        assert profile["corpus"] == corpus
+        kept = finished.workspace / "ledger" / "corpus" / f"{dataset.name}.jsonl"
+        assert sum(profile["drawn"].values()) == len(kept.read_bytes().splitlines())
 
 
 def test_status_and_report_show_what_the_records_say(finished: Project) -> None:

@@ -122,6 +122,12 @@ def _foretell(service: "Service") -> None:
         stdout.print(
             f"goes   the workspace's copy of {item.fusion[:12]}: {item.reason}", markup=False
         )
+    if seen.holding.checkpoints:
+        stdout.print(
+            f"held   {seen.holding.checkpoints} checkpoints that fusions were made of, "
+            f"{seen.holding.bytes / 1e6:.1f} MB",
+            markup=False,
+        )
     stdout.print(f"{seen.freed / 1e6:.1f} MB would be freed", markup=False)
 
 

@@ -35,7 +35,7 @@ from ckptfuse.store import is_s3, remove_folder
 from flows.demo.texts import gather, write_jsonl
 from flows.demo.trainer import Pretraining, train_tokenizer
 from flows.show import table
-from tasks.ledger import template
+from tasks.pipeline import template
 
 _MARKER = "demo.json"
 #: How often the service looks and the table is drawn anew, in seconds.

@@ -4,11 +4,15 @@
        |                                                 > fusion.json <-> source checkpoints
        +------> tag -> commit -> dvc.lock -> DVC's cache /
 
+With ``versions.weights: manifest`` the cache has a copy of fusion.json, and the weights are those
+of the packaged model.
+
 Every link is looked at afresh and all bytes are read. Each compares with the records, so that one
 broken link does not hide the others.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,8 +42,9 @@ def verify(service: Service, name: str) -> Iterator[Link]:
     be read, PublicationError when MLflow cannot be reached.
     """
     evidence = Evidence.of(service, find_publication(service, name))
-    with registry_of(service) as registry:
-        registered, committed = RegistryLinks(evidence, registry), LedgerLinks(evidence)
+    with registry_of(service) as registry, ExitStack() as held:
+        registered = RegistryLinks(evidence, registry, held)
+        committed = LedgerLinks(evidence, registered)
         for link, check in _links(evidence, registered, committed):
             try:
                 yield Link(link, "holds", check())
@@ -66,4 +71,7 @@ def _links(
     yield "DVC cache -> fusion.json", committed.provenance
     yield "version -> fusion.json", registered.packaged
     for member in evidence.inputs:
-        yield f"input {member.name}", lambda member=member: source_fits(member)  # type: ignore[misc]
+        yield (
+            f"input {member.name}",
+            lambda member=member: source_fits(evidence.service, member),  # type: ignore[misc]
+        )

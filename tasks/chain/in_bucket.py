@@ -6,26 +6,44 @@ from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import MissingFile
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.records import Member
+from ckptfuse.service import Service
 from ckptfuse.store import is_s3
-from tasks.chain.evidence import Gone, broken
+from tasks import held
+from tasks.chain.evidence import Broken, Gone
 from tasks.window_file import item_uri
 
 
-def source_fits(member: Member) -> str:
-    """Its bytes have the fingerprint that was merged.
+def source_fits(service: Service, member: Member) -> str:
+    """Its bytes have the fingerprint that was merged, or those of its held copy have.
 
-    Raises Gone when it is not there: trainers delete old checkpoints.
+    Raises Gone when there is neither: trainers delete old checkpoints.
     """
     uri = item_uri(member)
+    found = _fingerprint(uri)
+    if found == member.fingerprint:
+        return f"{uri} has fingerprint {found[:16]}"
+    missed = (
+        f"{uri} is not there any more"
+        if found is None
+        else f"{uri} has fingerprint {found[:16]}, merged was {member.fingerprint[:16]}: it was "
+        "written again since"
+    )
+    copy = held.copy_of(service, member.fingerprint)
+    if copy is not None:
+        kept = _fingerprint(str(copy))
+        if kept != member.fingerprint:
+            raise Broken(f"{missed}; the copy that is held has fingerprint {str(kept)[:16]}")
+        return f"{missed}; the copy that is held has fingerprint {kept[:16]}"
+    if found is None:
+        raise Gone(missed)
+    raise Broken(missed)
+
+
+def _fingerprint(uri: str) -> str | None:
+    """A checkpoint's fingerprint; None when it is not there."""
     try:
         if not is_s3(uri) and not Path(uri).is_dir():
-            raise MissingFile(uri)
-        found = fingerprint_of(open_checkpoint(uri))
-    except MissingFile as error:
-        raise Gone(f"{uri} is not there any more") from error
-    if found != member.fingerprint:
-        broken(
-            f"{uri} has fingerprint {found[:16]}, merged was {member.fingerprint[:16]}: it was "
-            "written again since"
-        )
-    return f"{uri} has fingerprint {found[:16]}"
+            return None
+        return fingerprint_of(open_checkpoint(uri))
+    except MissingFile:
+        return None

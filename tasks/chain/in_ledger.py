@@ -1,6 +1,8 @@
 """Links through Git and DVC: the tag, its commit, what dvc.lock names, and the cache's bytes."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,15 +10,20 @@ from ckptfuse.digests import digest, file_content
 from ckptfuse.records import CheckpointRecord, ScoreRecord
 from ckptfuse.score_files import read_scores
 from tasks.chain.evidence import Evidence, broken, require_contents, require_same, sizes
+from tasks.chain.in_registry import RegistryLinks
 from tasks.dvc_cache import DvcCache, md5_of
-from tasks.stages import MODEL, SCORES
+from tasks.pipeline import MANIFEST, weights_of
+from tasks.stages import SCORES
 from tasks.version import ledger_of
 from tasks.window_file import WindowFile, parse_window_file
 
 
 class LedgerLinks:
-    def __init__(self, evidence: Evidence) -> None:
+    """Where DVC holds the weights' hashes alone, the weights are those that consumers load."""
+
+    def __init__(self, evidence: Evidence, registered: RegistryLinks) -> None:
         self.evidence = evidence
+        self.registered = registered
         self.ledger = ledger_of(evidence.service)
         self.cache = DvcCache(self.ledger)
 
@@ -56,10 +63,10 @@ class LedgerLinks:
     def lock(self) -> str:
         """dvc.lock names the weights that were published."""
         published = self.evidence.published
-        found = self.ledger.outputs(published.commit)[str(MODEL)]
+        path, found = weights_of(self.ledger.outputs(published.commit))
         if found != published.weights_hash:
             broken(f"dvc.lock says {found}, published was {published.weights_hash}")
-        return f"weights {found}"
+        return f"weights {found} ({path})"
 
     def cache_holds(self) -> str:
         """Every object that dvc.lock leads to is there and has the hash that it is named by."""
@@ -78,7 +85,7 @@ class LedgerLinks:
     def _outputs(self) -> dict[str, str]:
         found = self.ledger.outputs(self.evidence.published.commit)
         if self.evidence.retired is not None:
-            del found[str(MODEL)]
+            del found[weights_of(found)[0]]
         return found
 
     def scores(self) -> str:
@@ -102,10 +109,7 @@ class LedgerLinks:
         """fusion.json fits its id, the plan, the fusion record and the weights beside it."""
         evidence = self.evidence
         evidence.require_weights()
-        folder = f"{MODEL}/"
-        files = self.cache.files(str(MODEL), evidence.published.weights_hash)
-        held = {path.removeprefix(folder): self.cache.object(m) for path, m in files.items()}
-        about = json.loads(held["fusion.json"].read_bytes())
+        about, held = self._weights()
         named = {path: (f["size"], f["hash"]) for path, f in about.pop("files").items()}
         fusion = about.pop("fusion")
         del about["weights"], about["content_hash"]
@@ -114,9 +118,19 @@ class LedgerLinks:
         used = [[m.fingerprint, m.weight.hex()] for m in evidence.plan.members if m.weight]
         require_same(about, {"inputs": used}, "what fusion.json and the plan say")
         found = {path: file_content(place) for path, place in held.items()}
-        require_contents(found, named, "DVC cache")
-        require_contents(found, evidence.fusion.files, "DVC cache against the fusion record")
+        require_contents(found, named, "the weights")
+        require_contents(found, evidence.fusion.files, "the weights against the fusion record")
         return f"{len(used)} inputs and weights give its id; {sizes(found)} have its hashes"
+
+    def _weights(self) -> tuple[dict[str, Any], dict[str, Path]]:
+        """fusion.json as DVC's cache has it, and the files of the weights where they are."""
+        md5 = self.evidence.published.weights_hash
+        path, _ = weights_of(self.ledger.outputs(self.evidence.published.commit))
+        if path == str(MANIFEST):
+            return json.loads(self.cache.object(md5).read_bytes()), self.registered.files
+        files = self.cache.files(path, md5)
+        held = {file.removeprefix(f"{path}/"): self.cache.object(m) for file, m in files.items()}
+        return json.loads(held["fusion.json"].read_bytes()), held
 
 
 def _flat(window: WindowFile) -> dict[str, object]:

@@ -1,5 +1,8 @@
 """Links through MLflow: the version's tags, the run's copies of the records, the packaged model."""
 
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ckptfuse.digests import file_content
@@ -17,9 +20,12 @@ from tasks.registry import Registry, version_tags
 
 
 class RegistryLinks:
-    def __init__(self, evidence: Evidence, registry: Registry) -> None:
+    """``held`` outlives the links: what it keeps (a copy, from afar) is brought once."""
+
+    def __init__(self, evidence: Evidence, registry: Registry, held: ExitStack) -> None:
         self.evidence = evidence
         self.registry = registry
+        self._held = held
 
     def version(self) -> str:
         """Its tags are what the records give."""
@@ -46,15 +52,17 @@ class RegistryLinks:
     def packaged(self) -> str:
         """The files that consumers load are those that fusion.json names, and itself."""
         self.evidence.require_weights()
-        version = self._version()
-        with self.registry.model_folder(version) as folder:
-            found = {
-                path.relative_to(folder).as_posix(): file_content(path)
-                for path in folder.rglob("*")
-                if path.is_file()
-            }
-        require_contents(found, self.evidence.fusion.files, f"version {version.version}")
+        found = {path: file_content(place) for path, place in self.files.items()}
+        version = self.evidence.published.version
+        require_contents(found, self.evidence.fusion.files, f"version {version}")
         return f"{sizes(found)} of the registered model have the hashes of fusion.json"
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """The files of the weights' folder, where they lie or as a copy for a while."""
+        folder = self._held.enter_context(self.registry.model_folder(self._version()))
+        places = (path for path in folder.rglob("*") if path.is_file())
+        return {place.relative_to(folder).as_posix(): place for place in places}
 
     def _version(self) -> Any:
         published = self.evidence.published

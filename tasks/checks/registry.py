@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from ckptfuse.checks import Check, failed, ok, warning
 from ckptfuse.service import Service
-from tasks.registry import tracking_uri
+from tasks.tracking import tracking_uri
 
 NAME = "MLflow"
 #: Older ones have known holes.

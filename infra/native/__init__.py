@@ -1,0 +1,1 @@
+"""The whole stack without containers: real servers as processes of this machine, on loopback."""
