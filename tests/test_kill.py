@@ -25,11 +25,7 @@ from tests.helpers import split_weights
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 #: The seams between systems, where a kill leaves most behind; all the others in `make test-faults`.
-SEAMS = (
-    "weights written",
-    "mlflow create_model_version",
-    "record publication",
-)
+SEAMS = ("weights written", "mlflow create_model_version")
 
 SHARES = 2
 
