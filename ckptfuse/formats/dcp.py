@@ -286,6 +286,7 @@ _ADMITTED: Admitted = {
     (_FORMER, "MEM_FORMAT_ENCODING"): _first,
     (_FORMER, "TensorProperties"): _Record,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,
+    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): _Record,  # of its own writer
     **{
         (_MODULE, name): _Record
         for name in (
