@@ -1,4 +1,4 @@
-"""Checkpoints of a trainer's own layout as Hugging Face models, to be scored.
+"""Checkpoints and merges of a trainer's own layout as Hugging Face models.
 
 A converter is a function of the team's own::
 
@@ -7,7 +7,8 @@ A converter is a function of the team's own::
 It is given the model's tensors under the checkpoint's names, and the configuration of a Hugging
 Face folder (``scoring.model``); it answers with the tensors of that model. Renaming, splitting
 fused tensors and unstacking layers are linear, so a merge of checkpoints, converted, is the merge
-of converted checkpoints: what is merged and resumed from stays in the trainer's layout.
+of converted checkpoints: scores are those of converted models, what is published is a converted
+merge, and what is resumed from stays in the trainer's layout.
 ``examples/torchtitan_llama.py`` is one.
 """
 
@@ -15,8 +16,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from ckptfuse.checkpoints import CONFIG
-from ckptfuse.digests import content_digest
+from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG
+from ckptfuse.digests import content_digest, digest
 from ckptfuse.errors import ConfigurationError, DamagedCheckpoint
 from ckptfuse.imports import load_function
 from ckptfuse.store import open_store
@@ -45,6 +46,18 @@ def identity(converter: str | None, folder: str | None) -> str | None:
             )
         return None
     return f"{converter or ''}@{content_digest(open_store(folder).read(CONFIG))}"
+
+
+def made_by(converter: str | None, folder: str) -> str:
+    """What a converted merge's bytes depend on: the converter's name, and all that lies beside."""
+    files = [[path, content_digest(data)] for path, data in sorted(companions(folder).items())]
+    return f"{converter or ''}@{digest(files)}"
+
+
+def companions(folder: str) -> dict[str, bytes]:
+    """The Hugging Face folder's configuration and tokenizer: path -> content."""
+    store = open_store(folder)
+    return {e.path: store.read(e.path) for e in store.list("") if e.path in ANCILLARY_FILES}
 
 
 def convert(

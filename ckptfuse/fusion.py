@@ -23,8 +23,9 @@ class Recipe:
     ``dtype`` is the output's, None for that of the inputs. ``copied`` are patterns of tensor names
     beyond merge.inputs.COPIED that are copied from the newest. ``form`` dcp writes a distributed
     checkpoint to resume from: its ``optimizer`` moments are the newest's, their averages, or left
-    out; ``masters`` are patterns of fp32 weights in it beyond layouts.MASTERS. ``strict`` refuses
-    inputs whose copied tensors differ; it decides no bytes.
+    out; ``masters`` are patterns of fp32 weights in it beyond layouts.MASTERS. ``converted`` says
+    what makes a Hugging Face folder of a layout of the trainer's own (conversion.made_by).
+    ``strict`` refuses inputs whose copied tensors differ; it decides no bytes.
     """
 
     dtype: str | None = None
@@ -32,6 +33,7 @@ class Recipe:
     form: Literal["safetensors", "dcp"] = "safetensors"
     optimizer: Literal["newest", "average", "none"] = "newest"
     masters: tuple[str, ...] = ()
+    converted: str | None = None
     strict: bool = False
 
     def describe(self) -> dict[str, object]:
@@ -44,6 +46,8 @@ class Recipe:
         }
         if self.form == "dcp":
             about |= {"optimizer": self.optimizer, "masters": sorted(self.masters)}
+        if self.converted is not None:
+            about |= {"converted": self.converted, "sharding": "5GB"}
         return about
 
 
@@ -111,9 +115,14 @@ A weighted average of {len(self.used)} checkpoints of one pretraining run, oldes
 |---|---|
 {rows}
 
-Configuration, tokenizer and sharding are those of `{self.ancillary[:16]}`. `fusion.json` holds all
+{self._beside()} `fusion.json` holds all
 that is needed to make the same bytes again.
 """.encode()
+
+    def _beside(self) -> str:
+        if self.recipe.converted is not None:
+            return f"It was converted from the trainer's own layout by `{self.recipe.converted}`."
+        return f"Configuration, tokenizer and sharding are those of `{self.ancillary[:16]}`."
 
 
 def check_weights(weights: Sequence[float]) -> tuple[float, ...]:

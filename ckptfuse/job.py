@@ -117,6 +117,7 @@ def _score_model(
     else:
         model_id, where = model.fusion, f"fusion {model.fusion[:16]}"
         read = partial(_merge, model)
+    converted = isinstance(model, MergeModel) and model.converted
     todo = [
         item
         for item in request.blocks
@@ -129,7 +130,7 @@ def _score_model(
         engine = (
             _command_engine(model, request, todo)
             if request.command
-            else _own_engine(index, read, request, todo, where)
+            else _own_engine(index, read, request, todo, where, converted=converted)
         )
         for item, blocks, found in engine:
             losses = losses_of(blocks, found.nll)
@@ -158,9 +159,11 @@ def _own_engine(
     request: Request,
     todo: Sequence[BlockSet],
     where: str,
+    *,
+    converted: bool,
 ) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
     config, state_dict = read()
-    if request.model is not None:
+    if request.model is not None and not converted:
         config, state_dict = convert(request.converter, request.model, state_dict, where)
     network = build_model(
         config,

@@ -284,6 +284,12 @@ class Params(BaseSettings):
             raise ValueError(f"{name!r}: letters, digits, '-', '_' and '.' make a name")
         return name
 
+    @model_validator(mode="after")
+    def _shards_are_of_files(self) -> "Params":
+        if self.fuse.shards > 1 and self.scoring.model is not None:
+            raise ValueError("fuse.shards: with scoring.model a merge is made whole, and converted")
+        return self
+
     @field_validator("workspace")
     @classmethod
     def _workspace_is_a_folder(cls, uri: str) -> str:

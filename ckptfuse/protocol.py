@@ -57,6 +57,7 @@ class MergeModel(Message):
     dtype: str | None
     ancillary: Input
     copied: tuple[str, ...] = ()  # patterns of tensors that are not merged, beyond the usual
+    converted: bool = False  # the inputs are what the converter makes
 
 
 Model = Annotated[CheckpointModel | MergeModel, Field(discriminator="kind")]

@@ -122,7 +122,7 @@ def fuse() -> None:
         spec = spec_of(service, needed, [weights[f"step{m.step}"] for m in needed])
         opened = [_open_pinned(member) for member in needed]
         remove_folder(MODEL)
-        make_fusion(spec, opened, MODEL)
+        make_fusion(service, spec, opened, MODEL)
 
 
 def evaluate_stage() -> None:

@@ -75,7 +75,7 @@ class Killer:
         self.wrap(ckptfuse.jobs, "run_jobs", lambda *_, **__: "scoring job")
         self.wrap(ckptfuse.merge.folder._Work, "merge_missing", lambda *_, **__: "weights written")
         self.wrap(ckptfuse.merge.folder, "write_companions", lambda *_: "configuration written")
-        self.wrap(ckptfuse.merge.folder, "_rename", lambda *_: "weights renamed")
+        self.wrap(ckptfuse.merge.folder, "appear", lambda *_: "weights renamed")
         self.wrap(tasks.ledger.Ledger, "_run", lambda _, command: _words(command))
         self.wrap(tasks.ledger, "link_tree", lambda *_: "weights linked into the ledger")
         self.wrap(tasks.artifacts, "link_tree", lambda *_: "weights linked into the registry")

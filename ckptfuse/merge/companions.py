@@ -25,6 +25,13 @@ def write_companions(
     else:
         contents = dict(weights)
         small = _ancillary_files(inputs)
+    return write_small(small, spec, target, contents)
+
+
+def write_small(
+    small: dict[str, bytes], spec: FusionSpec, target: Store, contents: Contents
+) -> Contents:
+    """Small files, the model card, and ``fusion.json``, which names these and ``contents``."""
     small[CARD] = spec.model_card()
     contents |= {path: (len(data), content_digest(data)) for path, data in small.items()}
     small[PROVENANCE] = spec.provenance(contents)
@@ -50,7 +57,7 @@ def _ancillary_files(inputs: Inputs) -> dict[str, bytes]:
             "configuration there, or keep the form of the inputs (--form dcp)"
         )
     if inputs.recipe.dtype is not None:
-        small[CONFIG] = _with_dtype(small[CONFIG], inputs.recipe.dtype)
+        small[CONFIG] = with_dtype(small[CONFIG], inputs.recipe.dtype)
     if INDEX not in small or inputs.recipe.dtype is not None:
         index = weight_index(output_files(inputs))
         if index is not None:
@@ -58,7 +65,8 @@ def _ancillary_files(inputs: Inputs) -> dict[str, bytes]:
     return small
 
 
-def _with_dtype(config: bytes, dtype: str) -> bytes:
+def with_dtype(config: bytes, dtype: str) -> bytes:
+    """A config.json that says this dtype of its weights."""
     values = json.loads(config)
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
     return (json.dumps({**values, key: dtype}, indent=2, sort_keys=True) + "\n").encode()

@@ -181,7 +181,7 @@ class _Work:
         contents = write_companions(self.inputs, spec, place, weights)
         if isinstance(self.target, FolderStore) and isinstance(place, FolderStore):
             _remove_others(place.root, contents)
-            _rename(place.root, self.target.root)
+            appear(place.root, self.target.root)
         else:
             for path in _journals(place):
                 place.delete(path)
@@ -211,7 +211,8 @@ def _remove_others(folder: Path, contents: Contents) -> None:
             path.unlink()
 
 
-def _rename(temporary: Path, target: Path) -> None:
+def appear(temporary: Path, target: Path) -> None:
+    """Give a folder that is whole its name."""
     try:
         temporary.rename(target)
     except OSError as error:

@@ -34,7 +34,7 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
         return known
     folder = service.workspace.model(decided.fusion)
     remove_folder(folder)  # merged, but not yet recorded, by a run that was killed
-    files = make_fusion(*_spec_and_members(service, decided), folder)
+    files = make_fusion(service, *_spec_and_members(service, decided), folder)
     record = FusionRecord(
         fusion=decided.fusion,
         step=decided.step,
@@ -48,9 +48,18 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
     return record
 
 
-def make_fusion(spec: FusionSpec, members: Sequence[Checkpoint], folder: Path) -> Contents:
+def make_fusion(
+    service: Service, spec: FusionSpec, members: Sequence[Checkpoint], folder: Path
+) -> Contents:
     """Merge into a local folder. ``members`` are all of ``spec``'s, the ancillary one last."""
-    return merging.write_fusion(_open(spec, members), spec.narrowed(), FolderStore(folder))
+    inputs, scoring = _open(spec, members), service.params.scoring
+    if scoring.model is None:
+        return merging.write_fusion(inputs, spec.narrowed(), FolderStore(folder))
+    from ckptfuse.merge.converted import write_converted  # needs torch
+
+    return write_converted(
+        inputs, spec.narrowed(), folder, converter=scoring.converter, model=scoring.model
+    )
 
 
 def _spec_and_members(

@@ -100,6 +100,7 @@ def score_fusion(service: Service, decided: PlanRecord, fusion: FusionRecord) ->
         weights=(1.0,),
         dtype=None,
         ancillary=source,
+        converted=service.params.scoring.model is not None,
     )
     (answer,) = service.scorer.score([model], tokenizer)
     raise_failed(answer.failed)

@@ -6,12 +6,14 @@ review_weights    what it says now that the fusion is scored: it may correct its
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
+from ckptfuse.conversion import made_by
 from ckptfuse.deciding import Decision, Evaluator, Recall, decide
 from ckptfuse.digests import digest
 from ckptfuse.fusion import FusionSpec, Recipe
-from ckptfuse.params import FuseParams
+from ckptfuse.params import Params
 from ckptfuse.plan import Fuse
 from ckptfuse.protocol import Input, MergeModel
 from ckptfuse.records import CheckpointRecord, FusionRecord, Member, MergeLoss, PlanRecord
@@ -88,8 +90,13 @@ def _measurement(service: Service, model_id: str, tokenizer: str) -> Measurement
     return measure(losses, service.scorer.target_weights)
 
 
-def recipe_of(params: FuseParams) -> Recipe:
-    return Recipe(dtype=params.dtype, copied=params.copied, strict=params.strict)
+def _recipe(params: Params) -> Recipe:
+    fuse, scoring = params.fuse, params.scoring
+    converted = None if scoring.model is None else _made_by(scoring.converter, scoring.model)
+    return Recipe(dtype=fuse.dtype, copied=fuse.copied, strict=fuse.strict, converted=converted)
+
+
+_made_by = cache(made_by)  # asked for every merge that a rule thinks of
 
 
 def spec_of(
@@ -99,7 +106,7 @@ def spec_of(
         fingerprints=tuple(member.fingerprint for member in members),
         weights=tuple(weights),
         ancillary=members[-1].fingerprint,
-        recipe=recipe_of(service.params.fuse),
+        recipe=_recipe(service.params),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from ckptfuse.conversion import convert, identity
+from ckptfuse.checkpoints import Contents, open_checkpoint
+from ckptfuse.conversion import convert, identity, made_by
+from ckptfuse.digests import content_digest
 from ckptfuse.errors import CkptfuseError, ConfigurationError, DamagedCheckpoint
-from ckptfuse.fusion import Recipe
+from ckptfuse.fingerprints import fingerprint_of
+from ckptfuse.fusion import FusionSpec, Recipe
 from ckptfuse.imports import load_function
+from ckptfuse.merge.converted import write_converted
+from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.once import merge_once
 from ckptfuse.once import HandScore, score_once
 from examples.torchtitan_llama import _LAYER, _TOP
@@ -94,6 +100,57 @@ def test_a_native_checkpoint_and_a_native_merge_score_as_their_hugging_face_form
     direct = score_once(str(tmp_path / "hf-merge"), text)
     through = score_once(out, text, **options)  # type: ignore[arg-type]
     assert math.isclose(loss(through), loss(direct), rel_tol=1e-6)
+
+
+def test_a_native_merge_becomes_the_folder_that_a_merge_of_converted_models_is(
+    models: list[Path], tmp_path: Path
+) -> None:
+    natives = [tmp_path / f"step-{number}" for number in (1, 2)]
+    for source, native in zip(models, natives, strict=True):
+        as_torchtitan(source, native)
+    opened = [open_checkpoint(str(path)) for path in natives]
+    recipe = Recipe(dtype="bfloat16", converted=made_by(EXAMPLE, str(models[0])))
+    prints = tuple(fingerprint_of(checkpoint) for checkpoint in opened)
+    spec = FusionSpec(prints, (0.25, 0.75), prints[-1], recipe)
+
+    def write(name: str) -> Contents:
+        return write_converted(
+            open_inputs(opened, opened[-1], recipe), spec, tmp_path / name,
+            converter=EXAMPLE, model=str(models[0]),
+        )  # fmt: skip
+
+    contents = write("made")
+    found = {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    assert {n: (len(data), content_digest(data)) for n, data in found.items()} == contents
+    assert json.loads(found["fusion.json"])["fusion"] == spec.id
+    assert "tokenizer.json" in found
+    assert EXAMPLE in found["README.md"].decode()
+    assert write("again") == contents
+
+    merge_once(
+        str(tmp_path / "hf"), [str(path) for path in models], (0.25, 0.75),
+        recipe=Recipe(dtype="bfloat16"),
+    )  # fmt: skip
+    made, expected = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").state_dict()
+        for name in ("made", "hf")
+    )
+    assert made.keys() == expected.keys()
+    for name, values in made.items():
+        assert values.dtype == torch.bfloat16
+        assert torch.equal(values, expected[name]), name
+
+
+def test_what_a_converted_merge_is_made_by_covers_converter_configuration_and_tokenizer(
+    models: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(models[0], folder)
+    known = made_by(EXAMPLE, str(folder))
+    assert made_by(EXAMPLE, str(models[0])) == known
+    assert made_by(None, str(folder)) != known
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert made_by(EXAMPLE, str(folder)) != known
 
 
 def test_without_a_converter_a_native_layout_is_refused(
