@@ -6,7 +6,8 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test lint test-faults bench-merge bench-merge-s3 bench-score experiments clean
+.PHONY: help setup packages demo test lint test-faults test-stack stack stack-down
+.PHONY: bench-merge bench-merge-s3 bench-score experiments clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -35,7 +36,7 @@ demo: $(READY) ## pretrain a small model while the service watches, fuses, regis
 
 # Three processes: those of the service wait for servers and for each other much of the time.
 test: packages $(READY) lint ## lint, types and the tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not stack"
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -44,6 +45,19 @@ lint: $(READY) ## ruff and mypy
 
 test-faults: $(READY) ## the tests that kill the service again and again
 	$(BIN)/python -m pytest -n 2 --dist load -m faults
+
+test-stack: packages $(READY) ## a trainer against the native stack, scored by two workers (5 min)
+	$(BIN)/python -m pytest -m stack
+
+# Elsewhere than in workspace/stack: make stack STATE=/srv/ckptfuse PARAMS=/where/params.yaml
+STATE ?= workspace/stack
+PARAMS ?= params.yaml
+
+stack: packages $(READY) ## PostgreSQL, Prefect, MLflow, S3 and workers as processes of this machine
+	$(BIN)/python -m infra.native.stack up --state "$(STATE)" --params "$(PARAMS)"
+
+stack-down: $(READY) ## end them; their state stays
+	$(BIN)/python -m infra.native.stack down --state "$(STATE)" --params "$(PARAMS)"
 
 # mergekit needs other versions than ours of some packages: an environment of its own.
 bench-merge: $(READY) $(VENV)/mergekit/.ready ## the merge against mergekit and the machine (30 min, 20 GB)

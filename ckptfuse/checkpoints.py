@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckptfuse.digests import digest
 from ckptfuse.errors import (
@@ -49,7 +50,7 @@ VOLATILE_CONFIG = frozenset(
 Contents = dict[str, tuple[int, str]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """One complete saved state. ``files`` are those that its identity covers."""
 
@@ -60,7 +61,7 @@ class Checkpoint:
     tokens: int | None
     files: tuple[Entry, ...]
 
-    @property
+    @cached_property
     def signature(self) -> str:
         """Digest of name, sizes and versions: remembers a fingerprint without being one."""
         return digest(

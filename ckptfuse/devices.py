@@ -1,11 +1,27 @@
-"""The GPUs that scoring jobs share: each job has its own, and each GPU one job."""
+"""The GPUs that scoring jobs share: each job has its own, and each GPU one job.
 
+Two jobs on one GPU would both fail for want of memory. So whoever uses one holds a lock of the host
+(``flock`` in ``LOCKS``): it binds every process of ckptfuse on the machine, of whatever service or
+user, and ends with the process that holds it. A CPU is shared, as it always is.
+"""
+
+import logging
 import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from ckptfuse.errors import ConfigurationError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+#: One folder for all users, whatever their TMPDIR.
+LOCKS = Path("/tmp/ckptfuse-devices")
+_PAUSE = 0.5  # seconds between two tries
+
+log = logging.getLogger("ckptfuse")
 
 
 def visible_gpus() -> list[str]:
@@ -35,3 +51,44 @@ def slots(device_class: str, gpus_per_job: int) -> list[dict[str, str]]:
         {VISIBLE: ",".join(gpus[slot * gpus_per_job : (slot + 1) * gpus_per_job])}
         for slot in range(count)
     ]
+
+
+@contextmanager
+def claim(wanted: Sequence[Mapping[str, str]], most: int) -> Iterator[list[Mapping[str, str]]]:
+    """Some of these slots to ourselves: at least one, which is waited for, and at most ``most``."""
+    with ExitStack() as held:
+        free = _free(wanted, most, held)
+        if not free:
+            names = "; ".join(slot[VISIBLE] for slot in wanted)
+            log.info("waiting for a GPU: other processes of ckptfuse hold all of them (%s)", names)
+        while not free:
+            time.sleep(_PAUSE)
+            free = _free(wanted, most, held)
+        yield free
+
+
+def _free(
+    wanted: Sequence[Mapping[str, str]], most: int, held: ExitStack
+) -> list[Mapping[str, str]]:
+    found: list[Mapping[str, str]] = []
+    for slot in wanted:
+        if len(found) == most:
+            break
+        gpus = [gpu for gpu in slot.get(VISIBLE, "").split(",") if gpu]
+        with ExitStack() as locks:
+            try:
+                for gpu in gpus:
+                    locks.enter_context(_lock(gpu).acquire(timeout=0))
+            except Timeout:
+                continue
+            held.push(locks.pop_all())
+            found.append(slot)
+    return found
+
+
+def _lock(gpu: str) -> FileLock:
+    if not LOCKS.is_dir():
+        LOCKS.mkdir(exist_ok=True)
+        LOCKS.chmod(0o1777)
+    name = gpu.replace("/", "-")  # MIG devices have names with slashes
+    return FileLock(LOCKS / f"{name}.lock", mode=0o666)

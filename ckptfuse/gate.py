@@ -36,8 +36,9 @@ where nothing is merged looks at no audit text, and is no test.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import NormalDist
 from typing import Literal
 
@@ -98,6 +99,12 @@ def gate_key(
 def best_member(members: list[Member]) -> Member:
     """The checkpoint with the lowest selection loss, the newest of equals."""
     return min(reversed(members), key=lambda member: member.loss)
+
+
+def declined_streak(verdicts: Iterable[GateRecord]) -> int:
+    """How many of the newest, in the order of training, were declined since one last passed."""
+    newest_first = sorted(verdicts, key=lambda verdict: verdict.step, reverse=True)
+    return sum(1 for _ in takewhile(lambda v: v.verdict == "declined", newest_first))
 
 
 def compare(

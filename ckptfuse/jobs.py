@@ -19,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
+from ckptfuse.devices import claim, slots
 from ckptfuse.errors import JobError
 from ckptfuse.job_forkserver import Ended, Job
 from ckptfuse.protocol import Event, Failed, Read, Request, Scored
@@ -38,6 +39,39 @@ class ModelScores:
     architecture: str | None = None
     scored: Scored | None = None
     failed: Failed | None = None
+
+
+class Runner(Protocol):
+    """Who carries out what a scorer asks: this machine, or others in its name."""
+
+    def prepare(self) -> None:
+        """Get ready while the caller still prepares its request."""
+
+    def run(
+        self, request: Request, gpus_per_job: int, *, progress: Callable[[Event], None] = ...
+    ) -> list[ModelScores]:
+        """One answer per model, in order. Raises JobError when a job dies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Jobs on this machine, on whichever of its devices are free: one for each, or so many."""
+
+    most: int | None = None
+
+    def prepare(self) -> None:
+        prepare()
+
+    def run(
+        self,
+        request: Request,
+        gpus_per_job: int,
+        *,
+        progress: Callable[[Event], None] = lambda event: None,
+    ) -> list[ModelScores]:
+        wanted = slots(request.numerics.device_class, gpus_per_job)
+        with claim(wanted, self.most or max(1, len(request.models))) as free:
+            return run_jobs(request, free, progress=progress)
 
 
 def run_jobs(

@@ -4,21 +4,27 @@ A folder counts after three looks, each cheaper than the next::
 
     its name parses  ->  its files are there and settled  ->  every header fits its file
 
-Nothing here reads weights: headers come by ranged reads.
+Nothing here reads weights: headers come by ranged reads. Of a bucket with very many checkpoints
+only those are listed that are new or recent (`look_again`).
 """
 
+import heapq
 import time
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
 from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, MissingFile
 from ckptfuse.layouts import read_layout
-from ckptfuse.names import ParsedName, parse_name
+from ckptfuse.names import parse_name
+from ckptfuse.records import CheckpointRecord, QuarantineRecord
 from ckptfuse.store import Entry, FolderStore, Store
 
 #: Files that a trainer writes last: the Hugging Face Trainer, and every distributed checkpoint.
 WRITTEN_LAST = frozenset(["trainer_state.json", METADATA])
+#: A checkpoint as its files were listed now, or as a record remembers it; and one that may be used.
+Listed = Checkpoint | CheckpointRecord | QuarantineRecord
+Healthy = Checkpoint | CheckpointRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class Refused:
 class Listing:
     """What a bucket holds now: complete checkpoints by step, and those that do not count."""
 
-    complete: tuple[Checkpoint, ...] = ()
+    complete: tuple[Listed, ...] = ()
     incomplete: tuple[Refused, ...] = ()
     damaged: tuple[Refused, ...] = ()
     #: Signature -> architecture, of the checkpoints whose headers were read in this look.
@@ -42,7 +48,7 @@ class Listing:
     def between(self, first: int | None, last: int | None) -> "Listing":
         """What it holds from step ``first`` to ``last``, both included; None: no such limit."""
 
-        def inside(checkpoint: Checkpoint) -> bool:
+        def inside(checkpoint: Listed) -> bool:
             step = checkpoint.step
             return (first is None or step >= first) and (last is None or step <= last)
 
@@ -70,11 +76,45 @@ def find(bucket: Store, conventions: Conventions) -> Listing:
     Checkpoints whose signature is in ``conventions.known`` were looked into before; their headers
     are not read again, so an unchanged bucket costs one listing.
     """
-    complete: list[Checkpoint] = []
+    return _sort_out(bucket, conventions, _folders(bucket.list()))
+
+
+def look_again(
+    bucket: Store, conventions: Conventions, remembered: Mapping[str, Listed], recent: int
+) -> Listing:
+    """What `find` would say, if the files of ``remembered`` (by folder) are as they were.
+
+    One listing of the folders' names, and one of each folder that is not remembered or is among
+    the ``recent`` highest steps. A checkpoint that was written over further back is not seen.
+    """
+    names = bucket.folders()
+    known = {name: remembered[name] for name in names if name in remembered}
+    newest = heapq.nlargest(recent, known, key=lambda name: (known[name].step, name))
+    for name in newest:
+        del known[name]
+    entries = [
+        entry
+        for name in names
+        if name not in known and parse_name(name, conventions.pattern) is not None
+        for entry in bucket.list(f"{name}/")
+    ]
+    return _sort_out(bucket, conventions, _folders(entries), known.values())
+
+
+def _sort_out(
+    bucket: Store,
+    conventions: Conventions,
+    folders: Mapping[str, list[Entry]],
+    known: Iterable[Listed] = (),
+) -> Listing:
+    complete: list[Listed] = list(known)
     incomplete: list[Refused] = []
     damaged: list[Refused] = []
     architectures: dict[str, str] = {}
-    for name, parsed, entries in _folders(bucket, conventions.pattern):
+    for name, entries in folders.items():
+        parsed = parse_name(name, conventions.pattern)
+        if parsed is None:
+            continue
         store = bucket.child(name)
         checkpoint = checkpoint_of(store, name, parsed, [e for e in entries if is_identity(e.path)])
         try:
@@ -91,18 +131,15 @@ def find(bucket: Store, conventions: Conventions) -> Listing:
     return Listing(tuple(complete), tuple(incomplete), tuple(damaged), architectures)
 
 
-def _folders(bucket: Store, pattern: str | None) -> Iterator[tuple[str, ParsedName, list[Entry]]]:
-    """Top-level folders with a checkpoint's name, and their files (paths relative)."""
+def _folders(listed: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Top-level folders and their files (paths relative)."""
     folders: dict[str, list[Entry]] = {}
-    for entry in bucket.list(""):
+    for entry in listed:
         name, _, path = entry.path.partition("/")
         if path:
             relative = Entry(path, entry.size, entry.version, entry.modified)
             folders.setdefault(name, []).append(relative)
-    for name, entries in folders.items():
-        parsed = parse_name(name, pattern)
-        if parsed is not None:
-            yield name, parsed, entries
+    return folders
 
 
 def _check_settled(entries: list[Entry], conventions: Conventions, *, local: bool) -> None:

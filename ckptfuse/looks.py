@@ -11,9 +11,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ckptfuse.checkpoints import Checkpoint
 from ckptfuse.errors import MissingFile
-from ckptfuse.listing import Listing
+from ckptfuse.listing import Healthy, Listing
 from ckptfuse.protocol import Numerics
 from ckptfuse.store import FolderStore
 
@@ -63,7 +62,7 @@ class LookFile:
         self._tell(begun=time.time(), unfinished=last.unfinished + 1 if last else 1)
 
     def found(
-        self, listing: Listing, due: Iterable[Checkpoint], *, corpus: str, numerics: Numerics
+        self, listing: Listing, due: Iterable[Healthy], *, corpus: str, numerics: Numerics
     ) -> None:
         """What the bucket holds, and which of its checkpoints are due to be scored."""
         self._tell(

@@ -88,7 +88,7 @@ def score_once(
             converter=converter,
             model=model,
         )
-        (answer,) = jobs.run_job(request, progress=progress)
+        (answer,) = jobs.Here().run(request, gpus_per_job=1, progress=progress)
         if answer.failed is not None or answer.fingerprint is None:
             raise CkptfuseError(answer.failed.reason if answer.failed else "nothing was scored")
         key = score_key(model_id=answer.fingerprint, blocks=name, numerics=request.numerics)

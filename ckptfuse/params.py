@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ckptfuse.cut import Cut
+from ckptfuse.devices import visible_gpus
 from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.names import check_pattern
@@ -126,6 +127,13 @@ class ScoringParams(Section):
     command: tuple[str, ...] = ()
     every: int = Field(default=1, ge=1)
     hours_per_day: float | None = Field(default=None, gt=0)
+
+    @property
+    def device_class(self) -> str:
+        """What ``auto`` comes to on this machine."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if visible_gpus() else "cpu"
 
     @property
     def cut(self) -> Cut:
@@ -270,6 +278,7 @@ class Params(BaseSettings):
 
     bucket: str | None = None
     workspace: str = "workspace"
+    execution: Literal["inline", "deployments"] = "inline"
     watch: WatchParams = WatchParams()
     reading: ReadingParams = ReadingParams()
     mlflow: MlflowParams = MlflowParams()
@@ -297,6 +306,16 @@ class Params(BaseSettings):
             raise ValueError(f"{uri!r}: the workspace is a local or mounted folder")
         return uri
 
+    @model_validator(mode="after")
+    def _device_is_the_same_everywhere(self) -> "Params":
+        """``auto`` is what this machine has, and numerics are part of a score's identity."""
+        if self.execution == "deployments" and self.scoring.device == "auto":
+            raise ValueError(
+                "scoring.device must be cuda or cpu with execution: deployments, since the "
+                "machine that plans need not have the devices of those that score"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -313,8 +332,13 @@ class Params(BaseSettings):
         return self.model_dump(mode="json", include=set(self.SCIENTIFIC), exclude=self.HOST_ONLY)
 
     def scientific_digest(self) -> str:
-        """Digest of the science, without where the text lies (its content has its own digest)."""
+        """Digest of the science, without where the text lies (its content has its own digest).
+
+        ``device: auto`` and the device that it comes to are the same science: a service goes from
+        ``execution: inline`` to ``deployments``, which wants it named, without deciding anew.
+        """
         values = self.scientific()
+        values["scoring"]["device"] = self.scoring.device_class
         for domain in values["corpus"]["domains"].values():
             del domain["path"], domain["field"]
         return digest(values)

@@ -8,13 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptfuse.checkpoints import Checkpoint
-from ckptfuse.listing import Listing
+from ckptfuse.listing import Healthy, Listed, Listing
 from ckptfuse.params import Params, ScoringParams
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
-    PlanRecord,
     PublicationRecord,
     QuarantineRecord,
     SkipRecord,
@@ -32,7 +30,6 @@ class State:
     held: frozenset[str] = frozenset()  # signatures that could not be read just now
     affordable: int | None = None  # checkpoints that the day's scoring budget allows; None: all
     quarantined: Mapping[str, QuarantineRecord] = field(default_factory=dict)
-    plans: Mapping[str, PlanRecord] = field(default_factory=dict)
     gates: Mapping[str, GateRecord] = field(default_factory=dict)
     skips: Mapping[str, SkipRecord] = field(default_factory=dict)
     publications: Mapping[str, PublicationRecord] = field(default_factory=dict)
@@ -46,7 +43,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    checkpoint: Checkpoint
+    checkpoint: Listed
     architecture: str | None
     reason: str
 
@@ -73,12 +70,12 @@ class Actions:
     """
 
     quarantine: tuple[Quarantine, ...] = ()
-    score: tuple[Checkpoint, ...] = ()
+    score: tuple[Healthy, ...] = ()
     publish: tuple[str, ...] = ()
     skip: tuple[Skip, ...] = ()
     fuse: tuple[Fuse, ...] = ()
     notes: tuple[str, ...] = ()
-    due: tuple[Checkpoint, ...] = ()
+    due: tuple[Healthy, ...] = ()
 
     def __bool__(self) -> bool:
         return any((self.quarantine, self.score, self.publish, self.skip, self.fuse))
@@ -94,7 +91,11 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
     excluded = (
         {item.checkpoint.signature for item in quarantine} | state.quarantined.keys() | state.held
     )
-    present = [c for c in listing.complete if c.signature not in excluded]
+    present = [
+        c
+        for c in listing.complete
+        if c.signature not in excluded and not isinstance(c, QuarantineRecord)
+    ]
     due = _every(present, state.scored, params.scoring.every)
     score, notes = _to_score(present, due, state, params.scoring)
     if quarantine or score:
@@ -123,11 +124,11 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
 
 
 def _to_score(
-    present: Sequence[Checkpoint],
-    due: Sequence[Checkpoint],
+    present: Sequence[Healthy],
+    due: Sequence[Healthy],
     state: State,
     params: ScoringParams,
-) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
+) -> tuple[tuple[Healthy, ...], tuple[str, ...]]:
     """Which checkpoints to score, in the order of training, and what is not scored and why."""
     notes = []
     if passed := sum(1 for c in present if c.signature not in state.scored) - len(due):
@@ -142,9 +143,7 @@ def _to_score(
     return tuple(chosen), tuple(notes)
 
 
-def _every(
-    present: Sequence[Checkpoint], scored: Collection[str], every: int
-) -> tuple[Checkpoint, ...]:
+def _every(present: Sequence[Healthy], scored: Collection[str], every: int) -> tuple[Healthy, ...]:
     """The checkpoints without a score that are ``every`` or more after the last one with one."""
     due = []
     since = every
@@ -182,7 +181,7 @@ def _to_quarantine(listing: Listing, state: State) -> tuple[Quarantine, ...]:
     return tuple(found)
 
 
-def _architecture(checkpoint: Checkpoint, listing: Listing, state: State) -> str | None:
+def _architecture(checkpoint: Listed, listing: Listing, state: State) -> str | None:
     signature = checkpoint.signature
     if signature in state.checkpoints:
         return state.checkpoints[signature].architecture

@@ -73,10 +73,13 @@ def settle(service: Service) -> list[PromotionRecord]:
     A newer one that is still waiting stays: where publications come faster than answers, each
     answer counts all the same.
     """
+    left = waiting(service)
+    if not left:
+        return []  # without reading every plan
     plans = {plan.fusion: plan for plan in service.records.all(PlanRecord).values()}
     settled: list[PromotionRecord] = []
     older: list[PublicationRecord] = []
-    for published in waiting(service):
+    for published in left:
         record = decide_promotion(service, plans[published.fusion])
         if record is None:
             older.append(published)
@@ -84,8 +87,8 @@ def settle(service: Service) -> list[PromotionRecord]:
         settled.append(record)
         if record.veto is not None:
             reason = f"step {record.step} was heard in its place"
-            for left in older:
-                settled.append(_record(service, left.fusion, left.step, _Decision(False, reason)))
+            for other in older:
+                settled.append(_record(service, other.fusion, other.step, _Decision(False, reason)))
             older.clear()
     return settled
 

@@ -6,6 +6,7 @@ model and set of blocks into the records store and prints an event a line. The j
 of its own, so that its memory returns when it ends.
 """
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,7 +30,7 @@ class Numerics(Message):
     engine: str | None = None  # scoring.command; None is our own scorer
     protocol: int = PROTOCOL
 
-    @property
+    @cached_property
     def key(self) -> str:
         return digest(self.model_dump())
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ckptfuse import __version__
 from ckptfuse.errors import MissingFile, RecordError
-from ckptfuse.store import Store
+from ckptfuse.store import Entry, Store
 
 SCHEMA = 1
 
@@ -322,6 +322,7 @@ class Records:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._parsed: dict[str, tuple[Entry, Record]] = {}
 
     def get(self, kind: type[AnyRecord], key: str) -> AnyRecord | None:
         try:
@@ -357,15 +358,26 @@ class Records:
         with np.load(data, allow_pickle=False) as loaded:
             return {name: loaded[name] for name in loaded.files}
 
-    def all(self, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
-        """Key -> record, of one kind."""
-        return dict(self._iterate(kind))
+    def keys(self, kind: type[Record]) -> frozenset[str]:
+        """The keys of one kind; no record is read."""
+        return frozenset(key for key, _ in self._listed(kind))
 
-    def _iterate(self, kind: type[AnyRecord]) -> Iterator[tuple[str, AnyRecord]]:
+    def all(self, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
+        """Key -> record, of one kind. What was read before is read again only if it changed."""
+        return {key: self._read(kind, key, entry) for key, entry in self._listed(kind)}
+
+    def _listed(self, kind: type[Record]) -> Iterator[tuple[str, Entry]]:
+        start = len(kind.kind) + 1
         for entry in self.store.list(f"{kind.kind}/"):
             if entry.path.endswith(".json"):
-                key = entry.path.removeprefix(f"{kind.kind}/").removesuffix(".json")
-                yield key, self._parse(kind, key, self.store.read(entry.path))
+                yield entry.path[start : -len(".json")], entry
+
+    def _read(self, kind: type[AnyRecord], key: str, entry: Entry) -> AnyRecord:
+        known, record = self._parsed.get(entry.path, (None, None))
+        if known != entry or not isinstance(record, kind):
+            record = self._parse(kind, key, self.store.read(entry.path))
+            self._parsed[entry.path] = (entry, record)
+        return record
 
     def _parse(self, kind: type[AnyRecord], key: str, text: bytes) -> AnyRecord:
         try:

@@ -3,17 +3,17 @@
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
-from ckptfuse import conversion, jobs, packing
+from ckptfuse import conversion, packing
 from ckptfuse.blocks import block_digest
 from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Progress, Split, documents_of
-from ckptfuse.devices import slots, visible_gpus
 from ckptfuse.errors import CorpusError
-from ckptfuse.jobs import ModelScores
+from ckptfuse.jobs import ModelScores, Runner
 from ckptfuse.losses import Estimate, Losses
 from ckptfuse.meter import Meter
 from ckptfuse.params import Params, ScoringParams
@@ -26,14 +26,14 @@ from ckptfuse.protocol import (
     Request,
     score_key,
 )
-from ckptfuse.records import DomainScore, Records, ScoreRecord
+from ckptfuse.records import CheckpointRecord, DomainScore, Records, ScoreRecord
 from ckptfuse.store import open_store, throttle
 from ckptfuse.tokenizing import load_tokenizer, tokenizer_files_digest
 
 
 def numerics(params: ScoringParams) -> Numerics:
     """What ``auto`` means on this machine: bfloat16 on a GPU, float32 on a CPU."""
-    device = params.device if params.device != "auto" else _device()
+    device = params.device_class
     dtype = params.dtype if params.dtype != "auto" else _default_dtype(device)
     return Numerics.model_validate(
         {
@@ -44,10 +44,6 @@ def numerics(params: ScoringParams) -> Numerics:
             "engine": shlex.join(params.command) or None,
         }
     )
-
-
-def _device() -> str:
-    return "cuda" if visible_gpus() else "cpu"
 
 
 def _default_dtype(device: str) -> str:
@@ -68,10 +64,11 @@ class Scorer:
     ``folder`` holds blocks and remembered digests, both of which can be made again at any time.
     """
 
-    def __init__(self, params: Params, records: Records, folder: Path) -> None:
+    def __init__(self, params: Params, records: Records, folder: Path, runner: Runner) -> None:
         self.params = params
         self.records = records
         self.folder = folder
+        self.runner = runner
         self.numerics = numerics(params.scoring)
         self.meter = Meter(folder / "scoring.jsonl")
         self._kept = KeptCorpus(params.corpus, folder / "corpora")
@@ -136,7 +133,7 @@ class Scorer:
         progress: Callable[[Event], None] = lambda event: None,
     ) -> list[ModelScores]:
         """Score models on the given splits, in one job for each GPU or in one on a CPU."""
-        jobs.prepare()  # while the text is tokenised
+        self.runner.prepare()  # while the text is tokenised
         request = Request(
             models=tuple(models),
             blocks=tuple(self.block_set(tokenizer, split) for split in splits),
@@ -153,7 +150,7 @@ class Scorer:
             scratch=str(self.folder),
         )
         gpus = self.params.scoring.gpus_per_job
-        answers = jobs.run_jobs(request, slots(self.numerics.device_class, gpus), progress=progress)
+        answers = self.runner.run(request, gpus, progress=progress)
         seconds = sum(answer.scored.seconds for answer in answers if answer.scored)
         self.meter.add(hours=seconds * gpus / 3600, models=len(models))
         return answers
@@ -171,6 +168,22 @@ class Scorer:
         """Whether every split of this model has its record."""
         keys = (self.key(model_id, tokenizer, split) for split in SPLITS)
         return all(self.records.has(ScoreRecord, key) for key in keys)
+
+    def scored_among(self, checkpoints: Iterable[CheckpointRecord]) -> frozenset[str]:
+        """Signatures of those whose every split has its record, from one listing of records."""
+        known = self.records.keys(ScoreRecord)
+
+        @cache
+        def blocks(tokenizer: str) -> list[str]:
+            return [self.block_digest(tokenizer, split) for split in SPLITS]
+
+        def is_scored(record: CheckpointRecord) -> bool:
+            return all(
+                score_key(model_id=record.fingerprint, blocks=name, numerics=self.numerics) in known
+                for name in blocks(record.tokenizer)
+            )
+
+        return frozenset(record.signature for record in checkpoints if is_scored(record))
 
     def by_domain(self, model_id: str, tokenizer: str, split: Split) -> dict[str, Estimate] | None:
         """The recorded loss of each domain, without its blocks; None when it was not scored."""

@@ -1,12 +1,13 @@
 """What every step of the pipeline needs: one trajectory's parameters, workspace and losses."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from ckptfuse.corpus import Split
 from ckptfuse.errors import RecordError
+from ckptfuse.jobs import Here, Runner
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
 from ckptfuse.records import GateRecord, PlanRecord, Records
@@ -22,6 +23,7 @@ class Service:
 
     params: Params
     workspace: Workspace
+    runner: Runner = field(default_factory=Here)  # of scoring requests
 
     @cached_property
     def records(self) -> Records:
@@ -29,19 +31,22 @@ class Service:
 
     @cached_property
     def scorer(self) -> Scorer:
-        return Scorer(self.params, self.records, self.workspace.folder("cache"))
+        return Scorer(self.params, self.records, self.workspace.folder("cache"), self.runner)
 
-    def __reduce__(self) -> tuple[Callable[[Params], "Service"], tuple[Params]]:
+    def __reduce__(self) -> tuple[Callable[..., "Service"], tuple[Params, Runner]]:
         """Sent to a task in another process, it is opened there anew, with its caps on reading."""
-        return open_service, (self.params,)
+        return open_service, (self.params, self.runner)
 
 
-def open_service(params: Params) -> Service:
-    """The trajectory of these parameters; from here on this process keeps to their ``reading``."""
+def open_service(params: Params, runner: Runner | None = None) -> Service:
+    """The trajectory of these parameters; from here on this process keeps to their ``reading``.
+
+    ``runner`` carries out its scoring requests, in place of this machine.
+    """
     get_rule(params.rule.name, params.rule.options)  # a wrong rule is told before any work
     workspace = Workspace(Path(params.workspace))
     throttle.configure(params.reading.limits(), own=workspace.read_freely)
-    return Service(params, workspace)
+    return Service(params, workspace, runner or Here())
 
 
 def target_loss(service: Service, losses: Losses) -> float:

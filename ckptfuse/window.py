@@ -12,7 +12,8 @@ so many checkpoints, steps or tokens, and may leave out those that lie closer th
 """
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptfuse.checkpoints import Checkpoint
@@ -88,14 +89,25 @@ def windows(healthy: Sequence[CheckpointRecord], params: WindowParams) -> list[W
 
 def lineages(
     records: Iterable[CheckpointRecord], boundaries: Sequence[int] = ()
-) -> list[tuple[CheckpointRecord, ...]]:
-    """For each checkpoint, in the order of training: it and its ancestors in its segment."""
+) -> Iterator[Sequence[CheckpointRecord]]:
+    """For each checkpoint, in the order of training: its ancestors in its segment, and last it.
+
+    Each is good until the next one is asked for: they share a list, so that ten thousand
+    checkpoints take ten thousand steps and not their square.
+    """
     ordered = in_order(records)
+    cuts = sorted(boundaries)
     starts = _generation_starts(ordered)
-    return [
-        tuple(record for record in ordered if _is_ancestor(record, newest, starts, boundaries))
-        for newest in ordered
-    ]
+    lines: dict[tuple[str, int], list[CheckpointRecord]] = {}
+    generation = 0
+    for newest in ordered:
+        if newest.generation != generation:  # what is later than the rollback is no ancestor
+            generation = newest.generation
+            for line in lines.values():
+                line[:] = [record for record in line if record.step < starts[generation]]
+        line = lines.setdefault((newest.segment, bisect.bisect_right(cuts, newest.step)), [])
+        line.append(newest)
+        yield line
 
 
 def _members(
@@ -104,7 +116,7 @@ def _members(
     """Of a lineage the newest that the parameters' limits let in, oldest first."""
     newest = line[-1]
     members = [newest]
-    for record in reversed(line[:-1]):
+    for record in itertools.islice(reversed(line), 1, None):
         if len(members) == params.size or not _is_within(record, newest, params):
             break
         if members[-1].step - record.step >= params.spacing:
@@ -151,22 +163,3 @@ def _generation_starts(records: Iterable[CheckpointRecord]) -> dict[int, int]:
     for record in records:
         starts[record.generation] = min(record.step, starts.get(record.generation, record.step))
     return starts
-
-
-def _is_ancestor(
-    record: CheckpointRecord,
-    newest: CheckpointRecord,
-    starts: Mapping[int, int],
-    boundaries: Sequence[int],
-) -> bool:
-    """Whether training passed through ``record`` on its way to ``newest``, in one segment."""
-    if record.segment != newest.segment or record.generation > newest.generation:
-        return False
-    if _part(record, boundaries) != _part(newest, boundaries):
-        return False
-    later = [start for g, start in starts.items() if record.generation < g <= newest.generation]
-    return record.step < min([newest.step + 1, *later])
-
-
-def _part(record: CheckpointRecord, boundaries: Sequence[int]) -> int:
-    return bisect.bisect_right(sorted(boundaries), record.step)

@@ -11,7 +11,15 @@ from pathlib import Path
 import typer
 
 from ckptfuse.errors import CkptfuseError
-from flows.commands import by_hand, finished, monitoring, published, service, stages
+from flows.commands import (
+    by_hand,
+    finished,
+    monitoring,
+    operations,
+    published,
+    service,
+    stages,
+)
 from flows.commands.console import stderr
 
 app = typer.Typer(
@@ -25,6 +33,8 @@ app.command()(service.fuse)
 app.command()(service.veto)
 app.command()(service.status)
 app.command()(service.report)
+app.command()(operations.deploy)
+app.command()(operations.notify)
 app.command()(monitoring.doctor)
 app.command()(monitoring.metrics)
 app.command()(published.promote)

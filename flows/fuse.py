@@ -1,13 +1,11 @@
 """Fuse one window: weights -> merge -> score -> gate -> ledger -> registry."""
 
-from pathlib import Path
-
 from prefect import flow
 from prefect.futures import wait
 
 from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.digests import digest
 from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues, RuleError
-from ckptfuse.params import load_params
 from ckptfuse.plan import Fuse, Quarantine, Skip
 from ckptfuse.records import (
     CheckpointRecord,
@@ -16,15 +14,20 @@ from ckptfuse.records import (
     PlanRecord,
     PublicationRecord,
 )
-from ckptfuse.service import Service, open_service
+from ckptfuse.service import Service
 from ckptfuse.steps import merge
 from ckptfuse.steps.look import discover, load_state
+from ckptfuse.steps.weigh import plan_key
 from ckptfuse.window import Window, window_key, windows
+from flows.opening import open_flow
+from tasks.deployments import Attempts, Piece, hand_over
 from tasks.discover import quarantine, skip
 from tasks.fuse import decide_weights, judge_fusion, merge_fusion, merge_shard, review_weights
+from tasks.log import log
 from tasks.publish import publish
 from tasks.score import score_fusion
 from tasks.version import commit_fusion
+from tasks.workers import Handed
 
 #: Most fusions that a rule may have made of one window before it stands by its weights.
 MAX_REVIEWS = 8
@@ -37,7 +40,7 @@ def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRe
     ``members`` are the signatures of the window's checkpoints, oldest first. None when a
     checkpoint turned out to be damaged; it is quarantined then.
     """
-    service = open_service(load_params(Path(params_file)))
+    service = open_flow(params_file)
     known = service.records.all(CheckpointRecord)
     item = Fuse(window, Window(tuple(known[signature] for signature in members)))
     try:
@@ -66,15 +69,34 @@ def _decided(service: Service, item: Fuse) -> PlanRecord:
 
 
 def merge_window(service: Service, decided: PlanRecord) -> FusionRecord:
-    """The fusion's folder and record; with ``fuse.shards`` a task for each shard comes first.
+    """The fusion's folder and record; with ``fuse.shards`` each shard is merged first.
 
     What a shard could not do is left to the last task, which does it or tells why not.
     """
-    shards = service.params.fuse.shards
-    if shards > 1 and merge.merged(service, decided) is None:
-        wait([merge_shard.submit(service, decided, shard) for shard in range(shards)])
+    shards = range(service.params.fuse.shards)
+    if len(shards) > 1 and merge.merged(service, decided) is None:
+        if service.params.execution == "deployments":
+            _hand_over_shards(service, decided, shards)
+        else:
+            wait([merge_shard.submit(service, decided, shard) for shard in shards])
     record: FusionRecord = merge_fusion(service, decided)
     return record
+
+
+def _hand_over_shards(service: Service, decided: PlanRecord, shards: range) -> None:
+    """Each shard to whichever worker is free."""
+    key = plan_key(decided)
+    pieces = [
+        Piece(
+            digest([key, shard, len(shards)]),
+            f"merge step {decided.step}, shard {shard} of {len(shards)}",
+            {"plan": key, "shard": shard},
+        )
+        for shard in shards
+    ]
+    attempts = Attempts(Handed(service.workspace.folder("cache")).store)
+    for failure in hand_over(f"merge-shard/{service.params.trajectory}", pieces, attempts).values():
+        log.warning("a shard is merged here instead: %s", failure)
 
 
 def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
@@ -93,12 +115,13 @@ def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -
     return publish(service, decided, verdict, fusion, entry)
 
 
-def fuse_step(params_file: str, step: int | None) -> GateRecord:
+@flow(name="fuse-step", flow_run_name="fuse by hand", persist_result=False)
+def fuse_step(params_file: str, step: int | None = None) -> GateRecord:
     """Fuse the window that ends at ``step`` (the newest without one), from recorded scores.
 
     Raises ConfigurationError when there is no such window.
     """
-    service = open_service(load_params(Path(params_file)))
+    service = open_flow(params_file)
     with service.workspace.lock() as mine:
         if not mine:
             raise CkptfuseError("another process is at work on this workspace; try again later")

@@ -4,26 +4,31 @@ It can run any number of times, be killed anywhere and be started again; a secon
 finds the lock taken and leaves the work to the first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import cast
 
 from prefect import flow
+from prefect.utilities.annotations import quote
 
 from ckptfuse.errors import PublicationError
-from ckptfuse.listing import Listing
-from ckptfuse.params import load_params
+from ckptfuse.listing import Listed, Listing
 from ckptfuse.plan import Actions
 from ckptfuse.records import GateRecord
-from ckptfuse.service import Service, open_service
+from ckptfuse.service import Service, plans_of
 from ckptfuse.steps.look import load_state, look_file
-from flows.environment import prepare
 from flows.fuse import fuse, publish_window
+from flows.opening import open_flow
+from tasks import news
 from tasks.aliases import settle_champion
 from tasks.discover import discover, plan_actions, quarantine, skip, survey_corpus
 from tasks.log import log
 from tasks.prune import prune
 from tasks.publish import draw_curves
 from tasks.score import score_checkpoints
+from tasks.showing import name_run, show_fusions
+
+_SHOWN = 4  # checkpoints that a run's name names
 
 
 @dataclass
@@ -52,8 +57,7 @@ def watch(
     params_file: str, live: bool = True, first: int | None = None, last: int | None = None
 ) -> Summary:
     """One look at the bucket, at steps ``first`` to ``last``, and everything that follows."""
-    service = open_service(load_params(Path(params_file)))
-    prepare(service.workspace.root)  # a worker of Prefect's has not been through our command line
+    service = open_flow(params_file)
     with service.workspace.lock() as mine:
         if not mine:
             log.info("another process is at work on this workspace; nothing done")
@@ -69,7 +73,9 @@ def _look(
     listing = discover(service).between(first, last)
     summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
     try:
-        while actions := plan_actions(service, listing, summary.held, live):
+        # Unquoted, Prefect would look into every checkpoint of the listing for results to wait for.
+        quoted = cast(Listing, quote(listing))
+        while actions := plan_actions(service, quoted, summary.held, live):
             _act(service, params_file, listing, actions, summary)
         for note in actions.notes:
             log.info(note)
@@ -81,7 +87,26 @@ def _look(
     draw_curves(service)
     prune(service)
     look_file(service).end(held=len(summary.held), waits=summary.delayed is not None)
+    if live:
+        news.looked(service)
+    if not summary.did_nothing:
+        show_fusions(service)
+        name_run(_outcome(summary, listing))
     return summary
+
+
+def _outcome(summary: Summary, listing: Listing) -> str:
+    """A name that tells of the run in a list of hundreds."""
+    newest = max((one.step for one in listing.complete), default=0)
+    counts = {
+        "scored": summary.scored,
+        "published": summary.published,
+        "declined": sum(1 for verdict in summary.verdicts if verdict.verdict == "declined"),
+        "skipped": summary.skipped,
+        "quarantined": summary.quarantined,
+    }
+    done = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"watch to step {newest}: {done}"
 
 
 def _act(
@@ -91,15 +116,13 @@ def _act(
         quarantine(service, damaged)
         summary.quarantined += 1
     if actions.score:
-        names = ", ".join(checkpoint.name for checkpoint in actions.score)
-        unscored = score_checkpoints(service, actions.score, names)
+        unscored = score_checkpoints(service, actions.score, _names(actions.score))
         held = {item.checkpoint.signature for item in unscored if not item.quarantined}
         summary.held |= held
         summary.quarantined += len(unscored) - len(held)
         summary.scored += len(actions.score) - len(unscored)
     for key in actions.publish:
-        state = load_state(service)
-        publish_window(service, state.plans[key], state.gates[key])
+        publish_window(service, plans_of(service)[key], load_state(service).gates[key])
         summary.published += 1
     for superseded in actions.skip:
         skip(service, superseded)
@@ -112,3 +135,10 @@ def _act(
             return  # plan again without the damaged checkpoint
         summary.verdicts.append(verdict)
         summary.published += verdict.verdict == "publish"
+
+
+def _names(checkpoints: Sequence[Listed]) -> str:
+    names = [checkpoint.name for checkpoint in checkpoints]
+    if len(names) <= _SHOWN:
+        return ", ".join(names)
+    return f"{names[0]} to {names[-1]} ({len(names)} checkpoints)"

@@ -8,6 +8,7 @@ from ckptfuse.listing import Listing
 from ckptfuse.plan import Actions, Quarantine, Skip
 from ckptfuse.service import Service
 from ckptfuse.steps import look, survey
+from tasks import news
 from tasks.log import log
 from tasks.retries import transient
 
@@ -37,7 +38,7 @@ def plan_actions(service: Service, listing: Listing, held: frozenset[str], live:
 def quarantine(service: Service, item: Quarantine) -> None:
     """Set a checkpoint aside for good."""
     look.quarantine(service, item)
-    log.warning("%s is quarantined: %s", item.checkpoint.name, item.reason)
+    news.quarantined(service, item.checkpoint, item.reason)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="skip step {item.step}")

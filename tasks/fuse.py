@@ -8,6 +8,7 @@ from ckptfuse.plan import Fuse
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service
 from ckptfuse.steps import judge, merge, weigh
+from tasks import news
 from tasks.log import log
 
 
@@ -37,7 +38,7 @@ def _tell(decided: PlanRecord) -> None:
 
 @task(cache_policy=NO_CACHE, task_run_name="merge step {decided.step}, shard {shard}")
 def merge_shard(service: Service, decided: PlanRecord, shard: int) -> None:
-    """Merge one of the window's shards, here or wherever the flow's task runner has this run."""
+    """Merge one of the window's shards."""
     merge.merge_shard(service, decided, shard)
 
 
@@ -52,4 +53,5 @@ def judge_fusion(service: Service, decided: PlanRecord) -> GateRecord:
     """Compare on audit text."""
     verdict = judge.judge_fusion(service, decided)
     log.info("step %d: %s: %s", decided.step, verdict.verdict, verdict.reason)
+    news.judged(service, verdict)
     return verdict

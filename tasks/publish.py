@@ -14,7 +14,7 @@ from ckptfuse.records import (
     PublicationRecord,
 )
 from ckptfuse.service import Service
-from tasks import curves
+from tasks import curves, news
 from tasks.aliases import follow_champion, tell
 from tasks.ledger import LedgerEntry
 from tasks.log import log
@@ -64,15 +64,15 @@ def _publish(
         version=version,
     )
     service.records.put(decided.window, record)
+    news.published(service, record)
     return record
 
 
 @task(cache_policy=NO_CACHE)
 def draw_curves(service: Service) -> None:
     """Bring MLflow's curves up to the records; a registry that is down waits for the next run."""
-    seen = digest(
-        [sorted(service.records.all(k)) for k in (CheckpointRecord, PlanRecord, GateRecord)]
-    )
+    kinds = (CheckpointRecord, PlanRecord, GateRecord)
+    seen = digest([sorted(service.records.keys(kind)) for kind in kinds])
     if is_marked(service, "curves", seen):
         return  # without loading MLflow
     try:

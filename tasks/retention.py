@@ -75,17 +75,20 @@ def stale_models(service: Service) -> list[Stale]:
     """
     records = service.records
     known = publications(service)
-    published = {record.fusion for record in known}
-    declined = {g.fusion: g for g in records.all(GateRecord).values() if g.verdict == "declined"}
-    corrected = _corrected(service)
     present = champion(service)
     keep = {record.fusion for record in (*waiting(service), *known[-1:])}
     if present:
         keep.add(present.fusion)
+    copies = {path.name: path for path in service.workspace.folder("models").iterdir()}
+    merged = {f: path for f, path in copies.items() if records.has(FusionRecord, f)}
+    if not merged.keys() - keep:
+        return []  # without reading every plan
+    published = {record.fusion for record in known}
+    declined = {g.fusion: g for g in records.all(GateRecord).values() if g.verdict == "declined"}
+    corrected = _corrected(service)
     found = []
-    for fusion, record in records.all(FusionRecord).items():
-        folder = Path(record.folder)
-        if fusion in keep or not folder.is_dir():
+    for fusion, folder in merged.items():
+        if fusion in keep:
             continue
         if fusion in published:
             found.append(Stale(fusion, folder, "published; the ledger and the registry hold it"))

@@ -11,9 +11,6 @@ import yaml
 from tests.command_lines import parse
 from tests.deployed import COMPOSE, KUBERNETES, containers, services
 
-#: Until `ckptfuse deploy` and `execution` of params.yaml are there.
-COMING = ("deploy", "CKPTFUSE_EXECUTION")
-
 
 def command_lines() -> Iterator[list[str]]:
     for one in services(ours=True).values():
@@ -30,7 +27,7 @@ def test_the_programs_know_every_command_line() -> None:
     for line in lines:
         if line[0] == "python":
             assert (COMPOSE.parent / Path(line[1]).name).is_file()
-        elif line[1] not in COMING:
+        else:
             parse(line)
 
 
@@ -67,7 +64,7 @@ def test_the_programs_know_every_setting() -> None:
 
     prefect = _get_valid_setting_names(Settings)
     for name, _ in settings():
-        if name in COMING or name.startswith(("PREFECT_REDIS_", "PREFECT_INTEGRATIONS_")):
+        if name.startswith(("PREFECT_REDIS_", "PREFECT_INTEGRATIONS_")):
             continue  # of packages beside Prefect: below
         if name.startswith("PREFECT_"):
             assert name in prefect, name

@@ -20,10 +20,10 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from ckptfuse.checks import Check
 from ckptfuse.params import load_params
 from ckptfuse.service import Service, open_service
-from tasks.checks.all import GPUS
 from tasks.checks.ledger import ledger
 from tasks.checks.prefect import prefect
 from tasks.checks.registry import registry
+from tasks.deployments import GPUS
 from tests.conftest import BINARIES, Project, Trajectory, make_project
 from tests.helpers import write_checkpoint
 from tests.servers import free_port
@@ -60,14 +60,15 @@ def run(folder: Path, *command: str | Path) -> str:
 
 
 def test_a_sound_project_is_told_check_by_check(project: Project, prefect_server: str) -> None:
-    said = project.cli("doctor", PREFECT_API_URL=prefect_server).stdout
+    named = {"PREFECT_API_URL": prefect_server, "CKPTFUSE_TRAJECTORY": "not-deployed"}
+    said = project.cli("doctor", **named).stdout
     assert "ok       bucket is read: " in said
     assert "holds 1 checkpoints" in said
     assert "ok       corpus: text: 1 files" in said
     assert "ok       workspace locks: a second lock was refused" in said
     assert "ok       clock of Prefect: this clock and the server's agree" in said
     assert f"ok       Prefect server: {prefect_server} answers" in said
-    assert "warning  deployments: the server has no watch/trial" in said
+    assert "warning  deployments: the server has no watch/not-deployed" in said
     assert "ckptfuse deploy" in said
     assert "mlflow.db" in said
     assert "ok       Git: git version" in said

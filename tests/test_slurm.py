@@ -62,9 +62,11 @@ def test_the_job_ends_its_worker_and_comes_again_when_its_time_is_up(
     binaries.mkdir()
     told = tmp_path / "told"
     programs = {
-        "prefect": f'trap "echo ended >>{told}; exit 0" TERM\necho "$@" >>{told}\n'
+        "prefect": f'trap "echo ended >>{told}; exit 0" TERM\n'
+        f'echo "$@ on $CUDA_VISIBLE_DEVICES" >>{told}\n'
         "while true; do sleep 0.05; done",
         "scontrol": f'echo "$@" >>{tmp_path}/requeued',
+        "nvidia-smi": '[ "$1 $2" = "-i 0" ] && echo GPU-1f8a',
     }
     for name, text in programs.items():
         (binaries / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -74,6 +76,7 @@ def test_the_job_ends_its_worker_and_comes_again_when_its_time_is_up(
         cwd=tmp_path,
         env={
             "PATH": os.environ["PATH"], "CKPTFUSE_VENV": str(tmp_path), "SLURM_JOB_ID": "42",
+            "CUDA_VISIBLE_DEVICES": "0",
             "PREFECT_API_URL": "http://nowhere/api", "TMPDIR": str(tmp_path),
         },
         stdout=subprocess.PIPE,
@@ -88,6 +91,7 @@ def test_the_job_ends_its_worker_and_comes_again_when_its_time_is_up(
     assert job.returncode == 0, out
     started, ended = told.read_text().splitlines()
     assert "--pool ckptfuse-gpu" in started
+    assert started.endswith(" on GPU-1f8a")  # by the name that it has in every job of the node
     assert ended == "ended"
     marker = tmp_path / "requeued"
     assert (marker.read_text() if marker.exists() else "") == requeued

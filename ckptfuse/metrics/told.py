@@ -4,14 +4,12 @@ Times are given as they are and not as ages: an age is ``time() - x`` in a query
 when nothing is written any more.
 """
 
-import itertools
 import shutil
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ckptfuse.gate import best_member
+from ckptfuse.gate import best_member, declined_streak
 from ckptfuse.meter import Meter
 from ckptfuse.metrics.seen import Seen
 from ckptfuse.promotion import champion
@@ -24,9 +22,7 @@ from ckptfuse.records import (
     PublicationRecord,
     SkipRecord,
 )
-
-#: Checkpoints whose spacing is what is usual.
-RECENT = 10
+from ckptfuse.stalls import usual_interval
 
 Stepped = TypeVar("Stepped", CheckpointRecord, FusionRecord, PublicationRecord, PromotionRecord)
 
@@ -87,7 +83,7 @@ def _progress(seen: Seen) -> Iterator[Told]:
     yield Told("step", "Newest training step that came so far.", steps, "stage")
     about = "When it did: as its trainer wrote it (seen), as the service recorded it (the others)."
     yield Told("step_timestamp_seconds", about, times, "stage")
-    usual = _usual_interval([record.modified for record in seen.checkpoints.values()])
+    usual = usual_interval(record.modified for record in seen.checkpoints.values())
     yield _gauge("checkpoint_interval_seconds", "Median between the last checkpoints.", usual)
     yield Told("loss_nats", "Per token, on report text, of the newest.", _losses(seen), "model")
 
@@ -107,14 +103,6 @@ def _crowned(seen: Seen) -> dict[str, PromotionRecord]:
     promoted = {key: r for key, r in seen.all(PromotionRecord).items() if r.promoted}
     last = max(promoted, key=lambda key: promoted[key].number, default=None)
     return {last: promoted[last]} if last is not None else {}
-
-
-def _usual_interval(times: list[float]) -> float | None:
-    """Seconds; None before the third checkpoint."""
-    recent = sorted(times)[-RECENT - 1 :]
-    if len(recent) < 3:
-        return None
-    return statistics.median(later - earlier for earlier, later in itertools.pairwise(recent))
 
 
 def _losses(seen: Seen) -> dict[str, float | None]:
@@ -146,9 +134,7 @@ def _outcomes(seen: Seen) -> Iterator[Told]:
         "skipped": len(seen.all(SkipRecord)),
     }
     yield Told("windows", "By what became of them.", windows, "outcome", is_counter=True)
-    newest_first = sorted(verdicts, key=lambda verdict: verdict.step, reverse=True)
-    streak = itertools.takewhile(lambda verdict: verdict.verdict == "declined", newest_first)
-    yield _gauge("declined_streak", "Declined since one last passed.", len(list(streak)))
+    yield _gauge("declined_streak", "Declined since one last passed.", declined_streak(verdicts))
 
 
 # -- what did it cost? ---------------------------------------------------------------------------

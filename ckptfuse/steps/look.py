@@ -1,7 +1,9 @@
 """Look: what is in the bucket, what do the records say, what is to be done?"""
 
-from ckptfuse import checkpoints
-from ckptfuse.listing import Conventions, Listing, find
+import time
+
+from ckptfuse import checkpoints, remembered
+from ckptfuse.listing import Conventions, Listed, Listing, find, look_again
 from ckptfuse.looks import LookFile
 from ckptfuse.plan import Actions, Quarantine, Skip, State, plan
 from ckptfuse.records import (
@@ -11,34 +13,47 @@ from ckptfuse.records import (
     QuarantineRecord,
     SkipRecord,
 )
-from ckptfuse.service import Service, plans_of
+from ckptfuse.service import Service
 from ckptfuse.store import open_store
 
 
 def discover(service: Service) -> Listing:
-    """List the bucket; headers are read only of checkpoints that no record remembers."""
+    """List the bucket; headers are read only of checkpoints that no record remembers.
+
+    Of a bucket with very many, most looks list few (remembered.py).
+    """
     watch = service.params.watch
     bucket = open_store(checkpoints.check_bucket_uri(service.params.bucket))
-    known = (
-        service.records.all(CheckpointRecord).keys() | service.records.all(QuarantineRecord).keys()
-    )
+    known: dict[str, Listed] = {
+        **service.records.all(CheckpointRecord),
+        **service.records.all(QuarantineRecord),
+    }
     conventions = Conventions(watch.pattern, watch.marker, watch.settle_seconds, known)
-    return find(bucket, conventions)
+    file = service.workspace.folder("cache") / "listing.json"
+    last = remembered.load(file)
+    if not last.is_usable:
+        found, at = find(bucket, conventions), time.time()
+    else:
+        there = {n: known[signature] for n, signature in last.signatures.items()
+                 if signature in known}  # fmt: skip
+        found, at = look_again(bucket, conventions, there, service.params.window.size), last.at
+    now = remembered.remember(found, at)
+    if now != last:
+        now.save(file)
+    return found
 
 
 def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
     """What the records say now; ``held`` are signatures to leave alone in this run."""
     records, scorer = service.records, service.scorer
     known = records.all(CheckpointRecord)
-    scored = (s for s, r in known.items() if scorer.is_scored(r.fingerprint, r.tokenizer))
     return State(
         corpus=scorer.corpus_digest(),
         checkpoints=known,
-        scored=frozenset(scored),
+        scored=scorer.scored_among(known.values()),
         held=held,
         affordable=scorer.affordable(),
         quarantined=records.all(QuarantineRecord),
-        plans=plans_of(service),
         gates={gate.window: gate for gate in records.all(GateRecord).values()},
         skips=records.all(SkipRecord),
         publications={p.window: p for p in records.all(PublicationRecord).values()},

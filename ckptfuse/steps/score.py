@@ -1,12 +1,13 @@
 """Score: checkpoints as they come, and the fusions made of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ckptfuse.checkpoints import Checkpoint, config_identity
+from ckptfuse.checkpoints import Checkpoint, config_identity, open_checkpoint
 from ckptfuse.errors import CkptfuseError, JobError, NonFiniteValues
 from ckptfuse.jobs import ModelScores
 from ckptfuse.layouts import read_layout
+from ckptfuse.listing import Healthy
 from ckptfuse.plan import Quarantine
 from ckptfuse.protocol import CheckpointModel, Failed, Input, MergeModel
 from ckptfuse.records import CheckpointRecord, FusionRecord, PlanRecord
@@ -20,20 +21,21 @@ from ckptfuse.window import generation_of, segment_of
 class Unscored:
     """A checkpoint without a score, and why; ``quarantined`` when that is for good."""
 
-    checkpoint: Checkpoint
+    checkpoint: Healthy
     reason: str
     quarantined: bool
 
 
-def score_checkpoints(service: Service, waiting: Sequence[Checkpoint]) -> list[Unscored]:
+def score_checkpoints(service: Service, waiting: Sequence[Healthy]) -> list[Unscored]:
     """Score checkpoints in one job per tokenizer; returns those that could not be."""
     unscored: list[Unscored] = []
     groups: dict[TokenizerSource, list[Checkpoint]] = {}
-    for checkpoint in waiting:
+    for listed in waiting:
         try:
+            checkpoint = _with_files(listed)
             source = service.scorer.tokenizer(checkpoint.uri)
         except CkptfuseError as error:
-            unscored.append(Unscored(checkpoint, str(error), quarantined=False))
+            unscored.append(Unscored(listed, str(error), quarantined=False))
             continue
         known = next((s for s in groups if s.digest == source.digest), source)
         groups.setdefault(known, []).append(checkpoint)
@@ -49,6 +51,15 @@ def score_checkpoints(service: Service, waiting: Sequence[Checkpoint]) -> list[U
             except CkptfuseError as error:  # deleted or written again since the job read it
                 unscored.append(Unscored(checkpoint, str(error), quarantined=False))
     return unscored
+
+
+def _with_files(listed: Healthy) -> Checkpoint:
+    """Raises MissingFile or ChangedCheckpoint where a record remembers what is no longer there."""
+    if isinstance(listed, Checkpoint):
+        return listed
+    found = open_checkpoint(listed.uri, listed.signature)
+    # What its name says was read by a pattern that may be a team's own.
+    return replace(found, step=listed.step, stage=listed.stage, tokens=listed.tokens)
 
 
 def _not_scored(service: Service, checkpoint: Checkpoint, failed: Failed) -> Unscored:

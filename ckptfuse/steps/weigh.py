@@ -190,9 +190,14 @@ def _plan(service: Service, item: Fuse, *, revision: int) -> PlanRecord:
         remarks=list(answer.remarks),
         no_gain=answer.no_gain,
     )
-    key = [item.key, record.fusion, *([revision] if revision else [])]
-    service.records.put(digest(key), record)
+    service.records.put(plan_key(record), record)
     return record
+
+
+def plan_key(decided: PlanRecord) -> str:
+    """What its record is called."""
+    revision = [decided.revision] if decided.revision else []
+    return digest([decided.window, decided.fusion, *revision])
 
 
 def _merges(decision: Decision) -> list[MergeLoss]:

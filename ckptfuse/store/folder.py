@@ -35,30 +35,40 @@ class FolderStore:
         return self.root / parts
 
     def list(self, prefix: str = "") -> list[Entry]:
-        if not self.root.is_dir():
-            raise StoreError(f"{self.uri}: no such folder; create it or correct the path")
+        self._check_root()
         folder = prefix.rpartition("/")[0]
-        entries = []
-        for parent, _, names in os.walk(self.root / folder):
-            self._throttle.wait(0)
-            for name in names:
-                if name.startswith(TEMPORARY_PREFIX):
-                    continue
-                full = Path(parent, name)
-                path = full.relative_to(self.root).as_posix()
-                if path.startswith(prefix):
-                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                        entries.append(self._entry(path, full))
+        entries = self._walk(f"{folder}/" if folder else "", prefix)
         return sorted(entries, key=lambda entry: entry.path)
 
-    def _entry(self, path: str, full: Path) -> Entry:
-        info = full.stat()
-        return Entry(path, info.st_size, str(info.st_mtime_ns), info.st_mtime)
+    def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
+        """The files below ``folder``; links to folders are not followed.
+
+        Records and buckets hold tens of thousands of files: no Path is made of each.
+        """
+        self._throttle.wait(0)
+        for found in _scan(f"{self.root}/{folder}"):
+            path = folder + found.name
+            if found.is_dir():
+                if not found.is_symlink():
+                    yield from self._walk(f"{path}/", prefix)
+            elif path.startswith(prefix) and not found.name.startswith(TEMPORARY_PREFIX):
+                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                    yield _entry(path, found.stat())
+
+    def folders(self) -> tuple[str, ...]:
+        self._check_root()
+        self._throttle.wait(0)
+        found = _scan(str(self.root))
+        return tuple(sorted(f.name for f in found if f.is_dir() and not f.is_symlink()))
+
+    def _check_root(self) -> None:
+        if not self.root.is_dir():
+            raise StoreError(f"{self.uri}: no such folder; create it or correct the path")
 
     def stat(self, path: str) -> Entry:
         self._throttle.wait(0)
         with self._missing(path):
-            return self._entry(path, self.path(path))
+            return _entry(path, self.path(path).stat())
 
     def read(self, path: str) -> bytes:
         self._throttle.wait(0)
@@ -133,6 +143,19 @@ class FolderStore:
             raise StoreError(f"{self.uri}/{path} is a folder; a file was expected") from error
         except PermissionError as error:
             raise StoreError(f"{self.uri}/{path}: permission denied") from error
+
+
+def _scan(folder: str) -> list[os.DirEntry[str]]:
+    """What a folder holds; nothing when it was removed since it was listed."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except OSError:
+        return []
+
+
+def _entry(path: str, info: os.stat_result) -> Entry:
+    return Entry(path, info.st_size, str(info.st_mtime_ns), info.st_mtime)
 
 
 class _Reader:

@@ -47,6 +47,9 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> list[Entry]:
         """All files whose path starts with ``prefix``, sorted by path."""
 
+    def folders(self) -> tuple[str, ...]:
+        """Names of the folders at the top, sorted; of however many files, few requests."""
+
     def stat(self, path: str) -> Entry:
         """One file's entry; raises MissingFile."""
 

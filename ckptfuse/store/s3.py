@@ -40,6 +40,18 @@ class S3Store:
                     self._throttle.wait(0)
         return sorted(entries, key=lambda entry: entry.path)
 
+    def folders(self) -> tuple[str, ...]:
+        names = []
+        with self._explained(""):
+            pages = client().get_paginator("list_objects_v2")
+            self._throttle.wait(0)
+            for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix, Delimiter="/"):
+                found = page.get("CommonPrefixes", [])
+                names += [item["Prefix"].removeprefix(self.prefix).rstrip("/") for item in found]
+                if page.get("IsTruncated"):
+                    self._throttle.wait(0)
+        return tuple(sorted(names))
+
     def _entry(self, key: str, item: Any, size: str = "Size") -> Entry:
         path = key.removeprefix(self.prefix)
         return Entry(path, item[size], item["ETag"].strip('"'), item["LastModified"].timestamp())

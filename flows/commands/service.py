@@ -88,10 +88,10 @@ def preflight(params: "Params") -> None:
     with reading_bar(stderr) as read:
         open_service(params).scorer.prepare_corpus(read)
     open_store(check_bucket_uri(params.bucket)).list()
-    _check_prefect(os.environ.get("PREFECT_API_URL"))
+    check_prefect(os.environ.get("PREFECT_API_URL"))
 
 
-def _check_prefect(url: str | None) -> None:
+def check_prefect(url: str | None) -> None:
     """Tell of a server that was named and is not there; without one Prefect starts its own."""
     if url is None:
         return

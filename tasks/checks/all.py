@@ -10,8 +10,6 @@ from ckptfuse.errors import CkptfuseError
 from ckptfuse.params import CorpusParams, Params
 from ckptfuse.service import open_service
 
-#: A limit of the Prefect server's on GPUs at work.
-GPUS = "ckptfuse-gpus"
 CORPUS = "corpus"
 
 
@@ -63,6 +61,7 @@ def _of_servers(params: Params) -> Iterator[Check]:
     from tasks.checks.ledger import ledger
     from tasks.checks.prefect import prefect
     from tasks.checks.registry import registry
+    from tasks.deployments import GPUS
 
     yield from prefect(params.trajectory, GPUS)
     service = open_service(params)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ckptfuse.devices import VISIBLE
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.params import Params, load_params
 
@@ -193,6 +194,23 @@ def test_operations_and_the_place_of_the_text_are_not_science(tmp_path: Path, te
 )
 def test_what_decides_weights_bytes_or_verdicts_is_science(tmp_path: Path, text: str) -> None:
     assert loaded(tmp_path, text).scientific_digest() != loaded(tmp_path).scientific_digest()
+
+
+def test_deployments_need_a_device_that_is_the_same_on_every_machine(tmp_path: Path) -> None:
+    told = refusal(tmp_path, "execution: deployments")
+    assert "scoring.device must be cuda or cpu" in told
+    assert loaded(tmp_path, "{execution: deployments, scoring: {device: cuda}}").scoring.device
+
+
+@pytest.mark.parametrize(("gpus", "device"), [("", "cpu"), ("0", "cuda")])
+def test_auto_and_the_device_that_it_comes_to_are_the_same_science(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, device: str
+) -> None:
+    monkeypatch.setenv(VISIBLE, gpus)
+    auto = loaded(tmp_path, "scoring: {device: auto}").scientific_digest()
+    found = {d: loaded(tmp_path, f"scoring: {{device: {d}}}").scientific_digest()
+             for d in ("cpu", "cuda")}  # fmt: skip
+    assert [d for d, digest in found.items() if digest == auto] == [device]
 
 
 def test_the_models_name_is_the_trajectorys_unless_it_has_its_own(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_a_listing_by_prefix_is_sorted_and_leaves_out_the_rest(store: Store) -> 
     assert [entry.path for entry in store.list("b")] == ["b/10", "b/2", "bc/1"]
 
 
+def test_folders_at_the_top_are_named_without_what_is_in_them(store: Store) -> None:
+    for name in ("b/2", "b/deep/3", "a/1", "at the top"):
+        store.write(name, b"x")
+    assert store.folders() == ("a", "b")
+    assert store.child("b").folders() == ("deep",)
+
+
 def test_a_range_is_read_exactly(store: Store) -> None:
     store.write("digits", b"0123456789")
     assert bytes(store.read_range("digits", 3, 4)) == b"3456"

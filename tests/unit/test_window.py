@@ -12,7 +12,7 @@ from ckptfuse.errors import ConfigurationError
 from ckptfuse.params import WindowParams
 from ckptfuse.records import CheckpointRecord
 from ckptfuse.store import Entry
-from ckptfuse.window import generation_of, segment_of, window_key, windows
+from ckptfuse.window import generation_of, in_order, lineages, segment_of, window_key, windows
 from tests.helpers import checkpoint_record
 
 SMALL = WindowParams(size=3, minimum=2)
@@ -194,3 +194,28 @@ def test_every_part_of_the_training_setup_makes_a_segment() -> None:
     setup = {"stage": "s", "config": {"x": 1}, "tokenizer": "t", "architecture": "a"}
     changes = [{}, {"stage": None}, {"config": {"x": 2}}, {"tokenizer": "u"}, {"architecture": "b"}]
     assert len({segment_of(**{**setup, **change}) for change in changes}) == 5  # type: ignore[arg-type]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4), st.sampled_from("ab")), unique=True)
+)
+@settings(max_examples=200, deadline=None)
+def test_a_lineage_is_all_that_training_passed_through(drawn: list[tuple[int, int, str]]) -> None:
+    records = in_order(
+        checkpoint_record(step, generation=generation, segment=segment,
+                          fingerprint=f"{step}-{generation}-{segment}")
+        for step, generation, segment in drawn
+    )  # fmt: skip
+    starts = {g: min(r.step for r in records if r.generation == g)
+              for g in {r.generation for r in records}}  # fmt: skip
+
+    def is_ancestor(record: CheckpointRecord, newest: CheckpointRecord) -> bool:
+        later = [s for g, s in starts.items() if record.generation < g <= newest.generation]
+        return (
+            (record.segment, record.step >= 5) == (newest.segment, newest.step >= 5)
+            and record.generation <= newest.generation
+            and record.step < min([newest.step + 1, *later])
+        )
+
+    found = [list(line) for line in lineages(records, (5,))]
+    assert found == [[r for r in records if is_ancestor(r, newest)] for newest in records]

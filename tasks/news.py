@@ -1,0 +1,68 @@
+"""News of a look: what a person wants to hear of, as events for Prefect's automations."""
+
+import time
+
+from ckptfuse.gate import declined_streak
+from ckptfuse.listing import Listed
+from ckptfuse.records import CheckpointRecord, GateRecord, PublicationRecord
+from ckptfuse.service import Service
+from ckptfuse.stalls import silence
+from ckptfuse.steps.marks import spikes_among
+from tasks.events import tell
+from tasks.log import log
+
+#: A streak is told of when it reaches this length, and each time it has grown by as much.
+STREAK = 5
+
+
+def published(service: Service, record: PublicationRecord) -> None:
+    text = f"step {record.step} is version {record.version} of {record.model_name} ({record.tag})"
+    tell(service, "fusion.published", record.step, text)
+
+
+def judged(service: Service, verdict: GateRecord) -> None:
+    """Of a declined fusion, and of every fifth in a row."""
+    if verdict.verdict != "declined":
+        return
+    tell(service, "fusion.declined", verdict.step, f"step {verdict.step}: {verdict.reason}")
+    streak = declined_streak(service.records.all(GateRecord).values())
+    if streak % STREAK == 0:
+        text = f"the last {streak} fusions were declined; step {verdict.step}: {verdict.reason}"
+        log.warning(text)
+        tell(service, "fusion.declined-streak", verdict.step, text)
+
+
+def quarantined(service: Service, checkpoint: Listed, reason: str) -> None:
+    text = f"{checkpoint.name} is quarantined: {reason}"
+    log.warning(text)
+    tell(service, "checkpoint.quarantined", checkpoint.step, text)
+
+
+def scored(service: Service, records: list[CheckpointRecord]) -> None:
+    """Of those that left the trend of the trajectory's losses."""
+    found = spikes_among(service, records)
+    for record in records:
+        if (excess := found.get(record.fingerprint)) is not None:
+            text = f"{record.name} is a spike: {excess:.4f} nats above the trend"
+            log.warning(text)
+            tell(service, "checkpoint.spiked", record.step, text)
+
+
+def looked(service: Service) -> None:
+    """Of a trainer that has fallen silent, once for each newest checkpoint."""
+    known = service.records.all(CheckpointRecord).values()
+    found = silence(known, time.time())
+    if found is None:
+        return
+    newest = max(known, key=lambda record: record.modified)
+    told = service.workspace.folder("cache") / "stalled"
+    if told.is_file() and told.read_text() == newest.signature:
+        return
+    quiet, usual = found
+    text = (
+        f"no checkpoint for {quiet / 60:.0f} minutes, where {usual / 60:.0f} are usual; "
+        f"the newest is {newest.name}"
+    )
+    log.warning(text)
+    tell(service, "trajectory.stalled", newest.step, text)
+    told.write_text(newest.signature)

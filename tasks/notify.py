@@ -1,0 +1,64 @@
+"""From a trainer to the service: a checkpoint was written, look now.
+
+    from tasks.notify import checkpoint_written
+    checkpoint_written("my-run", uri="s3://bucket/run/step1000")
+
+One small POST with nothing but Python's own library, so that it runs in a trainer's environment. It
+means no more than "look now": lost, the schedule looks; doubled, the second look finds nothing.
+"""
+
+import datetime
+import json
+import os
+import urllib.request
+import uuid
+
+from ckptfuse.errors import CkptfuseError, ConfigurationError
+
+_PATIENCE = 5.0  # seconds: a trainer does not wait
+
+
+def api_url() -> str:
+    """Prefect's server, from PREFECT_API_URL; raises ConfigurationError without it."""
+    url = os.environ.get("PREFECT_API_URL")
+    if not url:
+        raise ConfigurationError("PREFECT_API_URL names no server to tell")
+    return url.rstrip("/")
+
+
+def resource_of(trajectory: str) -> str:
+    """What events are about; in infra/prefect.yaml too."""
+    return f"ckptfuse.trajectory.{trajectory}"
+
+
+def checkpoint_written(trajectory: str, *, uri: str | None = None) -> None:
+    """Emit ``checkpoint.written``; raises CkptfuseError when the server cannot be told."""
+    event = {
+        "id": str(uuid.uuid4()),
+        "occurred": datetime.datetime.now(datetime.UTC).isoformat(),
+        "event": "checkpoint.written",
+        "resource": {
+            "prefect.resource.id": resource_of(trajectory),
+            "prefect.resource.name": trajectory,
+        },
+        "payload": {"uri": uri},
+    }
+    request = urllib.request.Request(  # noqa: S310 - the team's own server
+        f"{api_url()}/events",
+        data=json.dumps([event]).encode(),
+        headers={"Content-Type": "application/json", **_authorization()},
+    )
+    try:
+        urllib.request.urlopen(request, timeout=_PATIENCE).close()  # noqa: S310
+    except OSError as error:
+        raise CkptfuseError(f"{api_url()} was not told of the checkpoint: {error}") from error
+
+
+def _authorization() -> dict[str, str]:
+    """As Prefect's own client: a server behind a password has it in PREFECT_API_AUTH_STRING."""
+    import base64
+
+    secret = os.environ.get("PREFECT_API_AUTH_STRING")
+    if not secret:
+        return {}
+    return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"}
