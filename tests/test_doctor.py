@@ -185,16 +185,12 @@ def test_remotes_of_git_and_dvc_are_tried_and_left_as_they_were(
     remote, store = tmp_path / "remote.git", tmp_path / "store"
     run(tmp_path, "git", "init", "--quiet", "--bare", remote)
     store.mkdir()
-    change(project, ledger={"remote": str(remote)})
-    service = service_of(project)
-    config = service.workspace.folder("ledger") / ".dvc" / "config"
-    config.parent.mkdir()
-    config.write_text(f"['remote \"cold\"']\n    url = {store}\n")
-    found = list(ledger(service))
+    change(project, ledger={"remote": str(remote), "dvc_remote": str(store)})
+    found = list(ledger(service_of(project)))
     assert states(found) == {
         "Git": "ok", "Git remote": "ok", "DVC": "ok", "DVC remote": "ok",
     }, found  # fmt: skip
-    assert f"cold ({store}): a file was written, read and deleted" in found[-1].said
+    assert f"{store}: a file was written, read and deleted" in found[-1].said
     assert list(store.iterdir()) == []
     assert not run(remote, "git", "for-each-ref")
 

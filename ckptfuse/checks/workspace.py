@@ -102,7 +102,7 @@ def space(root: Path, model: int | None, *, keeps_all: bool) -> Check:
     if not model:
         return ok(SPACE, f"{free / 1e9:.1f} GB are free; no checkpoint tells yet how many it takes")
     room = free // model
-    said = f"{free / 1e9:.1f} GB are free: room for {room} merged models of {model / 1e9:.2f} GB"
+    said = f"{free / 1e9:.1f} GB are free: room for {room} merged models of {model / 1e6:,.0f} MB"
     kept = "; every published one stays for good (retention in params.yaml)" if keeps_all else ""
     if room < 1:
         return failed(SPACE, said, f"make room at {root}, or put the workspace on another disk")

@@ -1,6 +1,5 @@
 """The ledger's programs and remotes: Git, DVC, and where they push to."""
 
-import configparser
 import os
 import re
 import shutil
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 from packaging.version import Version
 
@@ -24,11 +22,11 @@ _TIMEOUT = 30.0
 
 
 def ledger(service: Service) -> Iterator[Check]:
-    folder = service.workspace.root / "ledger"
+    params = service.params.ledger
     yield _git()
-    yield _git_remote(service.params.ledger.remote)
+    yield _git_remote(params.remote)
     yield _dvc()
-    yield from _dvc_remotes(folder)
+    yield _dvc_remote(params.dvc_remote)
 
 
 def _git() -> Check:
@@ -67,40 +65,31 @@ def _dvc() -> Check:
     return ok(DVC, f"dvc {done.stdout.strip()}")
 
 
-def _dvc_remotes(ledger: Path) -> Iterator[Check]:
-    """Each remote that a team has added to the ledger: written to, read and cleaned up."""
-    config = configparser.ConfigParser(interpolation=None)
-    config.read([ledger / ".dvc" / "config", ledger / ".dvc" / "config.local"])
-    urls = {
-        section.strip("'").removeprefix('remote "').removesuffix('"'): config[section]["url"]
-        for section in config.sections()
-        if "remote" in section and "url" in config[section]
-    }
-    if not urls:
-        said = "none is set: published weights stay in the ledger's own cache and in MLflow"
-        yield ok(DVC_REMOTE, said)
-    for name, url in urls.items():
-        place = url if "://" in url else str((ledger / ".dvc" / url).resolve())
-        yield carried_out(
-            DVC_REMOTE,
-            lambda name=name, place=place: _written(name, place),  # type: ignore[misc]
-            f"correct it with dvc remote modify {name}, or give this user the right to write there",
+def _dvc_remote(url: str | None) -> Check:
+    if url is None:
+        said = (
+            "none is set (ledger.dvc_remote): published weights stay in the ledger's own cache and "
+            "in MLflow"
         )
+        return ok(DVC_REMOTE, said)
+    if "://" in url and not url.startswith("s3://"):
+        said = f"{url} is of a kind that is not tried here"
+        return warning(DVC_REMOTE, said, "see whether `dvc push`, in the ledger, works")
+    mend = "correct ledger.dvc_remote, or give this user the right to write there"
+    return carried_out(DVC_REMOTE, lambda: _written(url), mend)
 
 
-def _written(name: str, place: str) -> Check:
-    if "://" in place and not place.startswith("s3://"):
-        said = f"{name} ({place.partition('://')[0]}) is of a kind that is not tried here"
-        return warning(DVC_REMOTE, said, f"try it: dvc push -r {name}, in the ledger")
-    store, probe = open_store(place), f"ckptfuse-doctor-{uuid.uuid4().hex}"
+def _written(url: str) -> Check:
+    """Written to, read and cleaned up."""
+    store, probe = open_store(url), f"ckptfuse-doctor-{uuid.uuid4().hex}"
     try:
         store.write(probe, b"probe")
         same = store.read(probe) == b"probe"
     finally:
         store.delete(probe)
     if not same:
-        return failed(DVC_REMOTE, f"{place} gave back other bytes than were written", "see its log")
-    return ok(DVC_REMOTE, f"{name} ({place}): a file was written, read and deleted")
+        return failed(DVC_REMOTE, f"{url} gave back other bytes than were written", "see its log")
+    return ok(DVC_REMOTE, f"{url}: a file was written, read and deleted")
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
