@@ -46,7 +46,7 @@ lint: $(READY) ## ruff and mypy
 test-faults: $(READY) ## the tests that kill the service again and again
 	$(BIN)/python -m pytest -n 2 --dist load -m faults
 
-test-stack: packages $(READY) ## a trainer against the native stack, scored by two workers (5 min)
+test-stack: packages $(READY) ## the native stack: a trainer, two workers that score, a killed one (20 min)
 	$(BIN)/python -m pytest -m stack
 
 # Elsewhere than in workspace/stack: make stack STATE=/srv/ckptfuse PARAMS=/where/params.yaml
