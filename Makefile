@@ -66,7 +66,7 @@ bench-merge: $(READY) $(VENV)/mergekit/.ready ## the merge against mergekit and 
 bench-merge-s3: $(READY) ## the merge from S3, on loopback, against bare ranged reads (5 min, 4 GB)
 	$(BIN)/python -m bench.merge_s3 --folder workspace/bench/s3
 
-bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (10 min)
+bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (30 min)
 	$(BIN)/python -m bench.score
 
 experiments: $(READY) ## the reference study: trains, compares all rules, writes experiments/results.md
