@@ -191,7 +191,11 @@ def a_worker(project: Project) -> Iterator[subprocess.Popen[bytes]]:
         yield process
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # it would take the runs of the tests that follow
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture
