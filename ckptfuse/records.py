@@ -8,7 +8,6 @@ is whole. No record holds a time of its making.
 
 import io
 import json
-from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ckptfuse import __version__
 from ckptfuse.errors import MissingFile, RecordError
-from ckptfuse.store import Entry, Store
+from ckptfuse.store import Store
 
 SCHEMA = 1
 
@@ -322,7 +321,7 @@ class Records:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._parsed: dict[str, tuple[Entry, Record]] = {}
+        self._parsed: dict[tuple[type[Record], str], Record] = {}
 
     def get(self, kind: type[AnyRecord], key: str) -> AnyRecord | None:
         try:
@@ -360,23 +359,19 @@ class Records:
 
     def keys(self, kind: type[Record]) -> frozenset[str]:
         """The keys of one kind; no record is read."""
-        return frozenset(key for key, _ in self._listed(kind))
+        start = len(kind.kind) + 1
+        names = self.store.names(f"{kind.kind}/")
+        return frozenset(name[start : -len(".json")] for name in names if name.endswith(".json"))
 
     def all(self, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
-        """Key -> record, of one kind. What was read before is read again only if it changed."""
-        return {key: self._read(kind, key, entry) for key, entry in self._listed(kind)}
+        """Key -> record, of one kind, by key. A record never changes: each is read once."""
+        return {key: self._known(kind, key) for key in sorted(self.keys(kind))}
 
-    def _listed(self, kind: type[Record]) -> Iterator[tuple[str, Entry]]:
-        start = len(kind.kind) + 1
-        for entry in self.store.list(f"{kind.kind}/"):
-            if entry.path.endswith(".json"):
-                yield entry.path[start : -len(".json")], entry
-
-    def _read(self, kind: type[AnyRecord], key: str, entry: Entry) -> AnyRecord:
-        known, record = self._parsed.get(entry.path, (None, None))
-        if known != entry or not isinstance(record, kind):
-            record = self._parse(kind, key, self.store.read(entry.path))
-            self._parsed[entry.path] = (entry, record)
+    def _known(self, kind: type[AnyRecord], key: str) -> AnyRecord:
+        record = self._parsed.get((kind, key))
+        if not isinstance(record, kind):
+            record = self._parse(kind, key, self.store.read(f"{kind.kind}/{key}.json"))
+            self._parsed[kind, key] = record
         return record
 
     def _parse(self, kind: type[AnyRecord], key: str, text: bytes) -> AnyRecord:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ckptfuse.errors import MissingFile, StoreError
 from ckptfuse.store.protocol import Entry, PartWriter, Reader, Writer, short_read
@@ -29,31 +29,39 @@ class FolderStore:
         self._throttle = throttle
 
     def path(self, path: str) -> Path:
-        parts = PurePosixPath(path)
-        if parts.is_absolute() or ".." in parts.parts:
+        return Path(self._file(path))
+
+    def _file(self, path: str) -> str:
+        """As a string: records and buckets hold tens of thousands of files."""
+        if path.startswith("/") or ".." in path.split("/"):
             raise StoreError(f"{path!r} points outside of {self.uri}")
-        return self.root / parts
+        return f"{self.uri}/{path}"
 
     def list(self, prefix: str = "") -> list[Entry]:
-        self._check_root()
-        folder = prefix.rpartition("/")[0]
-        entries = self._walk(f"{folder}/" if folder else "", prefix)
+        entries = []
+        for path, found in self._walk(prefix):
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                entries.append(_entry(path, found.stat()))
         return sorted(entries, key=lambda entry: entry.path)
 
-    def _walk(self, folder: str, prefix: str) -> Iterator[Entry]:
-        """The files below ``folder``; links to folders are not followed.
+    def names(self, prefix: str = "") -> tuple[str, ...]:
+        return tuple(sorted(path for path, _ in self._walk(prefix)))
 
-        Records and buckets hold tens of thousands of files: no Path is made of each.
-        """
+    def _walk(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        self._check_root()
+        folder = prefix.rpartition("/")[0]
+        return self._below(f"{folder}/" if folder else "", prefix)
+
+    def _below(self, folder: str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """The files below ``folder``; links to folders are not followed."""
         self._throttle.wait(0)
         for found in _scan(f"{self.root}/{folder}"):
             path = folder + found.name
             if found.is_dir():
                 if not found.is_symlink():
-                    yield from self._walk(f"{path}/", prefix)
+                    yield from self._below(f"{path}/", prefix)
             elif path.startswith(prefix) and not found.name.startswith(TEMPORARY_PREFIX):
-                with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                    yield _entry(path, found.stat())
+                yield path, found
 
     def folders(self) -> tuple[str, ...]:
         self._check_root()
@@ -68,12 +76,13 @@ class FolderStore:
     def stat(self, path: str) -> Entry:
         self._throttle.wait(0)
         with self._missing(path):
-            return _entry(path, self.path(path).stat())
+            return _entry(path, os.stat(self._file(path)))  # noqa: PTH116 - see _file
 
     def read(self, path: str) -> bytes:
         self._throttle.wait(0)
-        with self._missing(path):
-            data = self.path(path).read_bytes()
+        # Not Path.read_bytes: see _file.
+        with self._missing(path), open(self._file(path), "rb", buffering=0) as file:  # noqa: PTH123
+            data = file.read()
         self._throttle.spent(len(data))
         return data
 

@@ -47,6 +47,9 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> list[Entry]:
         """All files whose path starts with ``prefix``, sorted by path."""
 
+    def names(self, prefix: str = "") -> tuple[str, ...]:
+        """The paths of ``list``; where a file's size is another question, it is not asked."""
+
     def folders(self) -> tuple[str, ...]:
         """Names of the folders at the top, sorted; of however many files, few requests."""
 

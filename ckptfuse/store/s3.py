@@ -40,6 +40,9 @@ class S3Store:
                     self._throttle.wait(0)
         return sorted(entries, key=lambda entry: entry.path)
 
+    def names(self, prefix: str = "") -> tuple[str, ...]:
+        return tuple(entry.path for entry in self.list(prefix))
+
     def folders(self) -> tuple[str, ...]:
         names = []
         with self._explained(""):
