@@ -265,8 +265,10 @@ def main() -> None:
         stack.serve()
         if arguments.only in (None, "known"):
             figures["known"] = known(stack, folder, texts, source, arguments.rounds)
+            print("\n".join(_known_lines(figures["known"])), flush=True)
         if arguments.only in (None, "overhead"):
             figures["overhead"] = overhead(stack, folder, texts, source)
+            print("\n".join(_overhead_lines(figures["overhead"])), flush=True)
         if arguments.only in (None, "burst"):
             figures["burst"] = in_burst(stack, folder, source)
     finally:

@@ -26,6 +26,8 @@ from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import discover
 from ckptfuse.steps.weigh import plan_key
 from ckptfuse.window import window_key, windows
+from tasks.marks import mark
+from tasks.publish import CURVES, what_curves_show
 
 DOMAINS = ("python", "prose", "c")
 #: A checkpoint's files, as the Trainer leaves them; all are links to one checkpoint's.
@@ -118,6 +120,8 @@ def lay_known(source: Path, bucket: Path, params_file: Path, count: int) -> None
     for window in windows(checkpoints, service.params.window):
         key = window_key(window.newest, science, corpus)
         _write_verdict(service, key, window.members)
+    # As if MLflow's curves had been drawn with each of them: all at once takes minutes.
+    mark(service, CURVES, what_curves_show(service))
 
 
 def _checkpoint(listed: Checkpoint) -> CheckpointRecord:

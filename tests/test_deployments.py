@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,19 +177,27 @@ def test_without_a_server_deploy_says_which_one_it_wants(deployed: Project) -> N
 # -- work that is handed over ------------------------------------------------------------------
 
 
+@contextmanager
+def a_worker(project: Project) -> Iterator[subprocess.Popen[bytes]]:
+    """One that takes two runs at a time."""
+    with (project.folder / "worker.log").open("ab") as log:
+        process = subprocess.Popen(
+            [BINARIES / "prefect", "worker", "start", "--pool", "ckptfuse-gpu", "--limit", "2"],
+            env={**environment(), "PREFECT_WORKER_QUERY_SECONDS": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
 @pytest.fixture
 def worker(deployed: Project) -> Iterator[subprocess.Popen[bytes]]:
-    """One that takes two runs at a time."""
-    log = (deployed.folder / "worker.log").open("wb")
-    process = subprocess.Popen(
-        [BINARIES / "prefect", "worker", "start", "--pool", "ckptfuse-gpu", "--limit", "2"],
-        env={**environment(), "PREFECT_WORKER_QUERY_SECONDS": "1"},
-        stdout=log,
-        stderr=log,
-    )
-    yield process
-    process.terminate()
-    process.wait(timeout=30)
+    with a_worker(deployed) as process:
+        yield process
 
 
 def test_a_worker_scores_what_a_watch_hands_over_and_the_records_are_the_same(
@@ -229,6 +239,32 @@ def test_what_is_merged_judged_and_published_is_the_same(
         assert deployed.records(kind).keys() <= finished.records(kind).keys()
     ((fusion, record),) = deployed.records("fusion").items()
     assert record["files"] == finished.records("fusion")[fusion]["files"], "the same bytes"
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(900)
+def test_what_a_killed_worker_was_scoring_is_scored_by_another(
+    deployed: Project, finished: Project
+) -> None:
+    """The automation of `ckptfuse deploy` finds the run out, after four minutes of silence."""
+    deployed.land(660)
+    with a_worker(deployed) as first:
+        command = [BINARIES / "ckptfuse", "watch", "--once"]
+        look = subprocess.Popen(command, cwd=deployed.folder, env=environment())
+        eventually(lambda: states_of("score checkpoint-660") == ["Running"], 120)
+        first.kill()
+        (run,) = (run for run in runs("score/trial") if run.name == "score checkpoint-660")
+        os.kill(int(str(run.infrastructure_pid).rpartition(":")[2]), signal.SIGKILL)
+    with a_worker(deployed):
+        assert look.wait(timeout=700) == 0
+    assert states_of("score checkpoint-660") == ["Crashed"]
+    assert states_of("score checkpoint-660, attempt 2") == ["Completed"]
+    assert keys_and_values(deployed, "score") <= keys_and_values(finished, "score")
+    assert 660 in {record["step"] for record in deployed.records("checkpoint").values()}
+
+
+def states_of(name: str) -> list[str | None]:
+    return [run.state_name for run in runs("score/trial") if run.name == name]
 
 
 def assert_carried_out(deployment: str, names: set[str]) -> None:

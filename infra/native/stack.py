@@ -13,6 +13,7 @@ speak to the stack.
 import argparse
 import os
 import secrets
+import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,12 +150,17 @@ class Stack:
         self.daemon("mlflow").wait_for(f"{self.url('mlflow')}/health")
 
     def _deploy(self) -> None:
-        os.environ.update(self._child_environment())  # Prefect reads it when it is imported
-        from flows.deploying import deploy
-
+        """In a process of its own: Prefect reads the server's address when it is imported."""
         slots = len(visible_gpus()) or self.workers
-        params = load_params(self.params_file)
-        deploy(params, self.params_file, pool_type="process", gpus=slots, notify=None)
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "deploy", "--gpus", str(slots)],
+            env=self._child_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise CkptfuseError(f"`ckptfuse deploy` failed: {(done.stdout + done.stderr).strip()}")
 
     def _start_workers(self) -> None:
         slots = len(visible_gpus()) or self.workers
