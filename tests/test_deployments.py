@@ -251,7 +251,7 @@ def test_what_a_killed_worker_was_scoring_is_scored_by_another(
     with a_worker(deployed) as first:
         command = [BINARIES / "ckptfuse", "watch", "--once"]
         look = subprocess.Popen(command, cwd=deployed.folder, env=environment())
-        eventually(lambda: states_of("score checkpoint-660") == ["Running"], 120)
+        eventually(lambda: states_of("score checkpoint-660") == ["Running"], 240)
         first.kill()
         (run,) = (run for run in runs("score/trial") if run.name == "score checkpoint-660")
         os.kill(int(str(run.infrastructure_pid).rpartition(":")[2]), signal.SIGKILL)
