@@ -37,7 +37,8 @@ def zombies() -> AutomationCore:
         name="ckptfuse: runs without heartbeat are crashed",
         description="So that work of a worker that was killed is handed to another.",
         trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
+            # Killed as soon as it ran, it has sent none yet.
+            after={"prefect.flow-run.Running", "prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat"} | ended,
             match={"prefect.resource.id": "prefect.flow-run.*"},
             match_related={
