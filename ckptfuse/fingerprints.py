@@ -31,6 +31,19 @@ def contents_of(checkpoint: Checkpoint, known: Contents | None = None) -> Conten
     return contents
 
 
+def copy_file(source: Store, target: Store, entry: Entry) -> tuple[int, str]:
+    """Copy one file, a leaf at a time; returns its size and the content hash of what was read."""
+    hasher = digests.TreeHasher()
+    buffer = memoryview(bytearray(min(digests.LEAF_SIZE, entry.size)))
+    with source.reader(entry.path) as reader, target.writer(entry.path) as out:
+        for start in range(0, entry.size, digests.LEAF_SIZE):
+            piece = buffer[: min(digests.LEAF_SIZE, entry.size - start)]
+            reader.read_into(start, piece)
+            hasher.update(piece)
+            out.write(piece)
+    return entry.size, hasher.hexdigest()
+
+
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Raise ChangedCheckpoint unless every file still has the size and version of the listing."""
     store = checkpoint.store()

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse.checkpoints import fingerprint, open_checkpoint
-from ckptfuse.digests import LEAF_SIZE, TreeHasher
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError
-from ckptfuse.fingerprints import READ_THREADS
+from ckptfuse.fingerprints import READ_THREADS, copy_file
 from ckptfuse.records import Member, PlanRecord
 from ckptfuse.service import Service
-from ckptfuse.store import Entry, FolderStore, Store, remove_folder
+from ckptfuse.store import FolderStore, remove_folder
 from tasks.log import log
 
 _CHECKPOINTS = "checkpoints"
@@ -112,25 +111,11 @@ def _copy(service: Service, member: Member) -> None:
     with tempfile.TemporaryDirectory(dir=service.workspace.folder("tmp")) as folder:
         copied = FolderStore(Path(folder, "checkpoint"))
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            found = pool.map(lambda entry: _copy_file(source, copied, entry), checkpoint.files)
-            contents = {
-                entry.path: (entry.size, content)
-                for entry, content in zip(checkpoint.files, found, strict=True)
-            }
+            found = pool.map(lambda entry: copy_file(source, copied, entry), checkpoint.files)
+            paths = (entry.path for entry in checkpoint.files)
+            contents = dict(zip(paths, found, strict=True))
         if fingerprint(contents) != member.fingerprint:
             raise ChangedCheckpoint(f"{member.uri} was written again since it was merged")
         place = _root(service) / _CHECKPOINTS / member.fingerprint
         place.parent.mkdir(parents=True, exist_ok=True)
         copied.root.rename(place)
-
-
-def _copy_file(source: Store, target: Store, entry: Entry) -> str:
-    """The content hash of what was copied."""
-    hasher, buffer = TreeHasher(), memoryview(bytearray(min(LEAF_SIZE, entry.size)))
-    with source.reader(entry.path) as reader, target.writer(entry.path) as out:
-        for start in range(0, entry.size, LEAF_SIZE):
-            piece = buffer[: min(LEAF_SIZE, entry.size - start)]
-            reader.read_into(start, piece)
-            hasher.update(piece)
-            out.write(piece)
-    return hasher.hexdigest()

@@ -3,8 +3,9 @@
 import json
 
 from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG, INDEX, METADATA, Contents
-from ckptfuse.digests import LEAF_SIZE, content_digest, leaf_digest, tree_digest
+from ckptfuse.digests import content_digest
 from ckptfuse.errors import ConfigurationError
+from ckptfuse.fingerprints import copy_file
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.layouts import is_optimizer
 from ckptfuse.merge.inputs import Inputs
@@ -85,19 +86,8 @@ def _copy_rest(inputs: Inputs, target: Store) -> Contents:
         )
         ours = name in (PROVENANCE, CARD)  # of an earlier merge that this one draws from
         if not (entry.path in taken or _comes_last(entry.path) or left_out or ours):
-            contents[entry.path] = _copy(source, target, entry.path, entry.size)
+            contents[entry.path] = copy_file(source, target, entry)
     return contents
-
-
-def _copy(source: Store, target: Store, path: str, size: int) -> tuple[int, str]:
-    leaves = []
-    with source.reader(path) as reader, target.writer(path) as out:
-        for start in range(0, size, LEAF_SIZE):
-            data = bytearray(min(LEAF_SIZE, size - start))
-            reader.read_into(start, memoryview(data))
-            leaves.append(leaf_digest(data))
-            out.write(data)
-    return size, tree_digest(leaves)
 
 
 def _metadata(inputs: Inputs) -> dict[str, bytes]:
