@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ckptfuse.records import PlanRecord
 
-ENERGY, ENERGY_ERROR = "noise_energy", "noise_energy_error"
+ENERGY, ENERGY_ERROR, SHARE = "noise_energy", "noise_energy_error", "noise_share"
 
 
 def domain_energies(notes: Mapping[str, float]) -> dict[str, float]:
@@ -18,6 +18,11 @@ def explain(plan: PlanRecord) -> list[str]:
     said = []
     if ENERGY in plan.notes:
         said.append(_energy(plan.notes))
+    if SHARE in plan.notes:
+        said.append(
+            f"noise share {plan.notes[SHARE]:.2f}: so much of the losses' differences is noise, "
+            "the rest progress"
+        )
     said.extend(_outcomes(plan))
     said.extend(plan.remarks)
     said.extend(

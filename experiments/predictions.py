@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptfuse.rules.energy import energy_of, prediction
+from ckptfuse.rules.energy import LossModel, energy_of
 from ckptfuse.rules.outliers import healthy
 from ckptfuse.rules.simplex import as_weights, uniform_over
 from ckptfuse.study.measure import Bench
@@ -21,9 +21,10 @@ def predictions(bench: Bench, seed: int) -> dict[str, Any]:
     bench.score([as_weights(probe), *vectors], ("selection",))
     measured = bench.evaluate((as_weights(probe), *vectors))
     energy = energy_of(bench.seen, probe, measured[0])
+    model = LossModel(bench.seen, among, energy, len(among))
     found = []
     for vector, merge in zip(vectors, measured[1:], strict=True):
-        expected = prediction(bench.seen, np.asarray(vector), energy, among=among)
+        expected = model.prediction(np.asarray(vector))
         found.append(
             {
                 "predicted": expected.loss,

@@ -11,7 +11,7 @@ from ckptfuse.corpus import SPLITS, Split
 from ckptfuse.evaluation import evaluate
 from ckptfuse.gate import best_member
 from ckptfuse.losses import combine
-from ckptfuse.notes import ENERGY, domain_energies
+from ckptfuse.notes import ENERGY, SHARE, domain_energies
 from ckptfuse.overview import Overview, overview, steps_saved
 from ckptfuse.records import CheckpointRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service, plans_of
@@ -67,8 +67,9 @@ def _points(service: Service, seen: Overview) -> Iterator[Point]:
         best = best_member(plan.members).fingerprint
         yield from _losses(service, "best_single", best, plan.tokenizer, point)
         yield from _losses(service, "fusion", plan.fusion, plan.tokenizer, point)
-        if ENERGY in plan.notes:
-            yield (ENERGY, plan.notes[ENERGY], *point)
+        for note in (ENERGY, SHARE):
+            if note in plan.notes:
+                yield (note, plan.notes[note], *point)
         for domain, energy in domain_energies(plan.notes).items():
             yield (f"{ENERGY}.{domain}", energy, *point)
     for row in seen.rows:

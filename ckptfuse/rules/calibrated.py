@@ -1,27 +1,20 @@
 """``calibrated``: perplexity weights whose temperature is measured, and that check themselves.
 
-One probe, one answer, one check::
+    uniform merge measured -> e -> weights -> their merge measured -> s -> better weights, once
+                              |                                       and what neither e nor s
+                              not above noise: the newest half,       explains is said, and the
+                              its half, ...; none: no gain expected   lowest merge taken
 
-    uniform merge measured -> e -> weights -> their merge measured -> does e explain it too?
-                              |                                       no, and it matters: again,
-                              not above noise: the newest half,       with the e of that merge;
-                              its half, ...; none: no gain expected   then say so, take the lowest
-
-Derivation and measurements: docs/method.md.
+e is the noise energy, s the noise share (energy.py). Derivation, measurements: docs/method.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptfuse.rules.energy import (
-    Energy,
-    energy_of,
-    minimiser,
-    predicted_loss,
-    prediction,
-)
+from ckptfuse.rules.energy import Energy, LossModel, energy_of
 from ckptfuse.rules.observation import (
     Evaluate,
     Measurement,
@@ -34,21 +27,22 @@ from ckptfuse.rules.outliers import healthy
 from ckptfuse.rules.registry import rule
 from ckptfuse.rules.simplex import as_weights, corner, padded, uniform_over
 
-#: Nats; another round that cannot win more than this is not worth a merge and its scoring.
+#: Nats; other weights that cannot win more than this are not worth a merge and its scoring.
 WORTHWHILE = 5e-4
 
 
 @rule("calibrated")
 def calibrated(seen: Observation) -> Evaluate | Weights:
-    """argmin over the simplex of sum w_i l_i + e sum w_i^2, with the noise energy e measured.
+    """argmin over the simplex of sum w_i l_i - sum w_i (1 - w_i) e_i, with e_i measured.
 
-    e comes from a uniform merge of the checkpoints whose loss is not far above the others', so
-    that one damaged checkpoint does not inflate e for all. If e is not above two standard errors,
-    averaging does not help over this window: the newest half of it is tried, and so on; when none
-    is left no gain is expected. When the merge with the weights has been measured as well, the e
-    that it shows must agree within two standard errors; if it does not and the correction is
-    worth it, the weights are corrected once. If it still does not, the answer is the best merge of
-    those measured, and a remark says that the model of the loss does not hold here.
+    The mean noise energy comes from a uniform merge of the checkpoints whose loss is not far above
+    the others', so that one damaged checkpoint does not inflate e for all. If e is not above two
+    standard errors, averaging does not help over this window: the newest half of it is tried, and
+    so on; when none is left no gain is expected. The first weights take all checkpoints to be
+    equally noisy. When the merge with them has been measured as well, it shows how much of the
+    differences between the losses is noise and not progress (the noise share), and if that is
+    worth it the weights are corrected once. What fits neither is remarked, and the answer is then
+    the best merge of those measured.
 
     Cost: one merge; two or three more, together, where e is not above noise; one where corrected.
     """
@@ -103,72 +97,75 @@ def _probes(losses: Vector) -> list[_Probe]:
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """Weights that an energy leads to."""
+    """Weights [K] that a model of the losses leads to."""
 
+    model: LossModel
     weights: Vector
-    energy: Energy
     predicted: Prediction
 
 
-def _attempt(seen: Observation, probe: _Probe, energy: Energy) -> _Attempt:
-    weights = padded(minimiser(seen.losses[-probe.length :], energy.value), len(seen))
-    return _Attempt(weights, energy, prediction(seen, weights, energy, among=probe.members))
+def _attempt(model: LossModel) -> _Attempt:
+    weights = model.best_weights()
+    return _Attempt(model, weights, model.prediction(weights))
 
 
 def _checked(seen: Observation, probe: _Probe, energy: Energy, tried: list[str]) -> Weights:
     """The weights, as far as they can be checked by what has been measured."""
     remarks = _remarks_on_window(seen, probe, tried)
-    attempts = [_attempt(seen, probe, energy)]
-    while True:
-        last = attempts[-1]
-        merge = seen.measured(last.weights)
-        if merge is None or np.count_nonzero(last.weights) == 1:
-            return _answer(seen, probe, attempts, last.weights, remarks)
-        if _agree(last.predicted, merge):
-            return _answer(seen, probe, attempts, last.weights, remarks)
-        check = energy_of(seen, last.weights, merge)
-        following = _attempt(seen, probe, check)
-        won = predicted_loss(seen.losses, last.weights, check.value) - following.predicted.loss
-        if len(attempts) == 2 or not check.is_shown or won < WORTHWHILE:
-            break
-        attempts.append(following)
-    remarks.append(
-        f"the loss model does not hold here: a merge of predicted loss {last.predicted.loss:.4f} "
-        f"measured {merge.loss:.4f}; the weights are those of the lowest merge measured"
-    )
-    return _answer(seen, probe, attempts, _lowest(seen, probe, attempts), remarks)
+    model = LossModel(seen, probe.members, energy, probe.length)
+    attempts = [_attempt(model)]
+    merge = seen.measured(attempts[0].weights)
+    if merge is None:
+        return _answer(seen, probe, model, attempts, attempts[0].weights, remarks)
+    model = model.explaining(attempts[0].weights, merge)
+    corrected = _attempt(model)
+    if model.loss(attempts[0].weights) - corrected.predicted.loss >= WORTHWHILE:
+        attempts.append(corrected)
+        merge = seen.measured(corrected.weights)
+        if merge is None:
+            return _answer(seen, probe, model, attempts, corrected.weights, remarks)
+    last = attempts[-1]
+    candidates = [attempt.weights for attempt in attempts]
+    if not _agree(last.predicted, merge, model.loss(last.weights)):
+        candidates.append(probe.weights)
+        remarks.append(
+            f"the loss model does not hold here: a merge of predicted loss "
+            f"{last.predicted.loss:.4f} measured {merge.loss:.4f}; the weights are those of the "
+            "lowest merge measured"
+        )
+    return _answer(seen, probe, model, attempts, _lowest(seen, candidates), remarks)
 
 
-def _agree(expected: Prediction, found: Measurement) -> bool:
-    """Within two standard errors of the difference, or within what matters to nobody."""
+def _agree(expected: Prediction, found: Measurement, explained: float) -> bool:
+    """Within two standard errors of the difference, or within what matters to nobody.
+
+    ``explained``: the loss that the model gives once it has been told of the merge, in nats.
+    """
     error = expected.error_beside(found)
     if error is None:  # nothing is known of the text's noise: there is no measure to fail
         return True
-    return abs(found.loss - expected.loss) <= max(2 * error, WORTHWHILE / 5)
+    return abs(found.loss - explained) <= max(2 * error, WORTHWHILE / 5)
 
 
-def _lowest(seen: Observation, probe: _Probe, attempts: list[_Attempt]) -> Vector:
+def _lowest(seen: Observation, candidates: Sequence[Vector]) -> Vector:
     """Of the merges that were measured the one with the lowest loss."""
-    found = []
-    for weights in (probe.weights, *(attempt.weights for attempt in attempts)):
-        merge = seen.measured(weights)
-        if merge is not None:
-            found.append((merge.loss, weights))
+    found = [(merge.loss, w) for w in candidates if (merge := seen.measured(w)) is not None]
     return min(found, key=lambda pair: pair[0])[1]
 
 
 def _answer(
     seen: Observation,
     probe: _Probe,
+    model: LossModel,
     attempts: list[_Attempt],
     weights: Vector,
     remarks: list[str],
 ) -> Weights:
-    last = attempts[-1]
-    advantage = _advantage_over_uniform(seen, last)
-    regret = _regret(seen.resampled[:, probe.members], last.energy)
+    expected = model.loss(weights)
+    advantage = model.loss(np.full(len(seen), 1 / len(seen))) - expected
+    regret = _regret(seen.resampled[:, probe.members], model.energy)
     notes = _notes(seen, probe.weights) | {
-        "predicted_loss": predicted_loss(seen.losses, weights, last.energy.value),
+        "predicted_loss": expected,
         "expected_advantage_over_uniform": advantage,
     }
     merge = seen.measured(weights)
@@ -178,11 +175,11 @@ def _answer(
         notes["expected_regret"] = regret
         if advantage <= 2 * regret:
             remarks = [*remarks, _indistinguishable(advantage, regret)]
-    if len(attempts) == 2:
-        notes["noise_energy_corrected"] = last.energy.value
+    if model.share is not None:
+        notes["noise_share"] = model.share.value
     return Weights(
         as_weights(weights),
-        errors=_errors(seen, last, probe.length),
+        errors=_errors(attempts[-1]),
         predicted={as_weights(a.weights): a.predicted for a in attempts},
         notes=notes,
         remarks=tuple(remarks),
@@ -206,20 +203,10 @@ def _notes(seen: Observation, probe: Vector) -> dict[str, float]:
     return notes
 
 
-def _errors(seen: Observation, attempt: _Attempt, length: int) -> tuple[float, ...] | None:
+def _errors(attempt: _Attempt) -> tuple[float, ...] | None:
     """Standard errors of the weights: the same rule on each resample of the text."""
-    energies = attempt.energy.resampled
-    if len(energies) < 2:
-        return None
-    losses = seen.resampled[:, -length:]
-    drawn = [minimiser(row, energy) for row, energy in zip(losses, energies, strict=True)]
-    return as_weights(padded(np.std(drawn, axis=0, ddof=1), len(seen)))
-
-
-def _advantage_over_uniform(seen: Observation, attempt: _Attempt) -> float:
-    """How much lower the model says the loss is than that of the window's uniform merge."""
-    equal = np.full(len(seen), 1 / len(seen))
-    return predicted_loss(seen.losses, equal, attempt.energy.value) - attempt.predicted.loss
+    drawn = attempt.model.best_weights_resampled()
+    return as_weights(np.std(drawn, axis=0, ddof=1)) if len(drawn) > 1 else None
 
 
 def _regret(resampled: Vector, energy: Energy) -> float | None:

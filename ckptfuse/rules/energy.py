@@ -3,14 +3,23 @@
 If each checkpoint is a common slow path plus noise of its own, and the loss is locally quadratic,
 a merge's loss is the mean of the losses less what averaging cancels::
 
-    L(w)  =  w . l  -  e (1 - sum w_i^2)        so        e = (w . l - L(w)) / (1 - sum w_i^2)
+    L(w)  =  w . l  -  sum_i w_i (1 - w_i) e_i
 
+With the same energy e for all, one measured merge gives it: e = (w . l - L(w)) / (1 - sum w_i^2).
 Exactly, for any quadratic loss, L(w) = w . l - 1/2 sum_(i<j) w_i w_j d_ij with d_ij the squared
-distance of two checkpoints in the Hessian's metric; the model says that all d_ij are 4e. So what
-a uniform merge finds is the mean of d_ij / 4 over its pairs, whatever they are.
+distance of two checkpoints in the Hessian's metric; the model says that d_ij = 2 (e_i + e_j). So
+what a uniform merge finds is the mean of d_ij / 4 over its pairs, whatever they are.
+
+Losses differ because the path falls, or because the energies do, as while the learning rate decays.
+The noise share s says how much of the differences is of the second kind::
+
+    e_i  =  e + s (l_i - mean(l)),        0 <= s <= 1
+
+A second measured merge, of weights that follow the losses, gives s: without it s is taken to be 0.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +32,7 @@ from ckptfuse.rules.observation import (
     deviation,
     stacked,
 )
-from ckptfuse.rules.simplex import project_to_simplex
+from ckptfuse.rules.simplex import least_on_simplex, padded
 
 #: Nats; what averaging could win below it is nothing to anybody.
 FLOOR = 1e-4
@@ -52,49 +61,133 @@ class Energy:
 
 
 def energy_of(seen: Observation, weights: Vector, merge: Measurement) -> Energy:
-    """The noise energy that explains a merge's loss. ``weights`` [K], not all on one."""
+    """The noise energy, the same for all, that explains a merge's loss.
+
+    ``weights`` [K], not all on one.
+    """
     cancelled = float(1 - weights @ weights)
     difference = float(weights @ seen.losses) - merge.loss
     means, merged = stacked([seen.resampled @ weights, merge.resampled]).T
     return Energy(difference / cancelled, (means - merged) / cancelled)
 
 
-def predicted_loss(losses: Vector, weights: Vector, energy: float) -> float:
-    """L(w) = w . l - e (1 - sum w_i^2), in nats."""
-    return float(weights @ losses) - energy * float(1 - weights @ weights)
+@dataclass(frozen=True, eq=False)
+class Share:
+    """The noise share, and its values on the resamples of the text [R].
+
+    ``shown_by`` [K]: the weights of the merge that it was found from; zeros without one.
+    """
+
+    value: float
+    resampled: Vector
+    shown_by: Vector
 
 
-def prediction(
-    seen: Observation, weights: Vector, energy: Energy, *, among: NDArray[np.bool_]
-) -> Prediction:
-    """The expected loss of a merge, with the model's standard error.
+@dataclass(frozen=True, eq=False)
+class LossModel:
+    """What merges of a window should measure.
 
     ``among`` [K]: the checkpoints that the energy was measured on; others, damaged or too old, say
-    nothing of how different the noise of these is.
+    nothing of how different the noise of these is. ``length``: so many of the newest have weights.
     """
-    cancelled = float(1 - weights @ weights)
-    means, energies = seen.resampled @ weights, energy.resampled
-    return Prediction(
-        predicted_loss(seen.losses, weights, energy.value),
-        means - energies * cancelled if len(means) == len(energies) else np.empty(0),
-        _model_error(seen.losses[among], weights[among]),
-    )
+
+    seen: Observation
+    among: NDArray[np.bool_]
+    energy: Energy
+    length: int
+    share: Share | None = None
+
+    def loss(self, weights: Vector) -> float:
+        """L(w), in nats."""
+        return _loss(self.seen.losses, weights, self._energies())
+
+    def best_weights(self) -> Vector:
+        """Where on the simplex L(w) is least [K]. Closed form and sparse."""
+        return self._minimiser(self.seen.losses, self._energies())
+
+    def best_weights_resampled(self) -> Vector:
+        """The same on each resample of the text [R, K]; R is 0 where they are not known."""
+        found = [self._minimiser(losses, energies) for losses, energies in self._rows()]
+        return np.array(found).reshape(len(found), len(self.seen))
+
+    def prediction(self, weights: Vector) -> Prediction:
+        """L(w) with the text's error and the model's."""
+        found = [_loss(losses, weights, energies) for losses, energies in self._rows()]
+        return Prediction(self.loss(weights), np.array(found), self._model_error(weights))
+
+    def explaining(self, weights: Vector, merge: Measurement) -> "LossModel":
+        """This model with the noise share that explains the loss of a second merge too.
+
+        As it is where the merge does not contradict it by more than two standard errors of the
+        text, and where the merge cannot tell: its weights have nothing to do with the losses.
+        """
+        plain = replace(self, share=None)
+        expected = plain.prediction(weights)
+        missed, rows = merge.loss - expected.loss, stacked([merge.resampled, expected.resampled])
+        error = deviation(rows[:, 0] - rows[:, 1])
+        lever = _lever(self.seen.losses, self.among, weights)
+        if error is None or abs(missed) <= 2 * error or abs(lever) < FLOOR:
+            return plain
+        levers = [_lever(losses, self.among, weights) for losses in self.seen.resampled]
+        shares = [(found - told) / lever for (found, told), lever in zip(rows, levers, strict=True)]
+        share = Share(float(np.clip(missed / lever, 0, 1)), np.clip(shares, 0, 1), weights)
+        return replace(self, share=share)
+
+    def _minimiser(self, losses: Vector, energies: Vector) -> Vector:
+        curvature = np.maximum(energies, FLOOR)
+        newest = slice(len(losses) - self.length, None)
+        return padded(
+            least_on_simplex((losses - curvature)[newest], curvature[newest]), len(losses)
+        )
+
+    def _energies(self) -> Vector:
+        return _energies(
+            self.seen.losses, self.among, self.energy.value, self.share.value if self.share else 0
+        )
+
+    def _rows(self) -> list[tuple[Vector, Vector]]:
+        """Losses and energies on each resample; none where they are not known alike."""
+        losses, energies = self.seen.resampled, self.energy.resampled
+        if len(losses) != len(energies):
+            return []
+        shares = self.share.resampled if self.share else np.zeros(len(energies))
+        return [
+            (row, _energies(row, self.among, energy, share))
+            for row, energy, share in zip(losses, energies, shares, strict=True)
+        ]
+
+    def _model_error(self, weights: Vector) -> float:
+        """How far off L(w) may be because checkpoints differ in their noise, as a standard error.
+
+        At least what energies of the losses' spread, unrelated to the weights, would make of it:
+        of its difference to the merge that showed the noise share, where one did. Where none did,
+        the loss would be higher by D (``_lever``) if the noise share were 1: weights that follow
+        the losses favour checkpoints whose noise happens to be small, which then have less to
+        cancel. The truth lies between, so |D| / 2.
+        """
+        losses, chosen = self.seen.losses[self.among], weights[self.among]
+        kept = chosen * (1 - chosen)
+        if self.share:
+            told = self.share.shown_by[self.among]
+            kept = kept - told * (1 - told)
+        scattered = float(losses.std() * np.linalg.norm(kept - kept.mean()))
+        if self.share:
+            return scattered
+        return max(abs(_lever(self.seen.losses, self.among, weights)) / 2, scattered)
 
 
-def _model_error(losses: Vector, weights: Vector) -> float:
-    """How far off L(w) may be because checkpoints differ in their noise, as a standard error.
-
-    The model takes all differences of the losses for differences of the path. If they were the
-    checkpoints' own noise instead, with energies e + l_i - mean(l), the loss would be higher by
-    D = sum_i (mean(l) - l_i) w_i (1 - w_i): weights that follow the losses favour those whose
-    noise happens to be small, which then have less to cancel. The truth lies between, so |D| / 2;
-    at least what energies of that spread, unrelated to the weights, would make of it.
-    """
-    share = weights * (1 - weights)
-    biased = abs(float((losses - losses.mean()) @ share)) / 2
-    return max(biased, float(losses.std() * np.linalg.norm(share - share.mean())))
+def _energies(losses: Vector, among: NDArray[np.bool_], energy: float, share: float) -> Vector:
+    """e_i [K]. The share is at most what leaves the lowest of them above the floor."""
+    own = losses[among]
+    room = float(own.mean() - own.min())
+    most = max(energy - FLOOR, 0.0) / room if room else math.inf
+    return energy + min(share, most) * (losses - own.mean())
 
 
-def minimiser(losses: Vector, energy: float) -> Vector:
-    """Where on the simplex L(w) is least: the projection of -l / (2e). Closed form and sparse."""
-    return project_to_simplex(-(losses - losses.min()) / (2 * max(energy, FLOOR)))
+def _lever(losses: Vector, among: NDArray[np.bool_], weights: Vector) -> float:
+    """D = sum_i (mean(l) - l_i) w_i (1 - w_i): how much L(w) rises from share 0 to 1."""
+    return float((losses[among].mean() - losses) @ (weights * (1 - weights)))
+
+
+def _loss(losses: Vector, weights: Vector, energies: Vector) -> float:
+    return float(weights @ losses - (weights * (1 - weights)) @ energies)

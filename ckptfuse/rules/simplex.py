@@ -32,16 +32,20 @@ def softmax(losses: Vector, temperature: float) -> Vector:
         return normalised(np.exp((losses.min() - losses) / temperature))
 
 
-def project_to_simplex(point: Vector) -> Vector:
-    """The nearest point with non-negative coordinates that sum to 1, in Euclidean distance.
+def least_on_simplex(linear: Vector, curvature: Vector) -> Vector:
+    """argmin of sum_i (linear_i w_i + curvature_i w_i^2), curvatures [K] above 0.
 
-    Sort and threshold: Duchi et al., ICML 2008, figure 1.
+    w_i = max(0, (m - linear_i) / (2 curvature_i)) with the m that makes them sum to 1, found by
+    sorting: with equal curvatures this is the Euclidean projection (Duchi et al., ICML 2008).
     """
-    point = point - point.max()  # moves no projection, and keeps 1 visible beside large values
-    descending = np.sort(point)[::-1]
-    surplus = np.cumsum(descending) - 1
-    kept = np.nonzero(descending * np.arange(1, len(point) + 1) > surplus)[0][-1]
-    return normalised(np.maximum(point - surplus[kept] / (kept + 1), 0))
+    order = np.argsort(linear, kind="stable")
+    rising = linear[order] - linear.min()  # from 0, so that large values hide no small difference
+    give = 1 / (2 * curvature[order])
+    levels = (1 + np.cumsum(rising * give)) / np.cumsum(give)
+    level = levels[np.nonzero(levels > rising)[0][-1]]
+    weights = np.empty(len(linear))
+    weights[order] = np.maximum(level - rising, 0) * give
+    return normalised(weights)
 
 
 def padded(weights: Vector, count: int) -> Vector:

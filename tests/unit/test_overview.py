@@ -185,12 +185,13 @@ def test_what_a_rule_found_is_told_by_status_and_report(service: Service) -> Non
     reviewed = plan_record(
         300, [member(s, x) for s, x in ((100, 3.0), (200, 2.8), (300, 2.9))], revision=1,
         notes={"noise_energy": 0.12, "noise_energy_error": 0.003, "noise_energy.c": 0.1,
-               "noise_energy.prose": 0.14},
+               "noise_energy.prose": 0.14, "noise_share": 0.8},
         merges=[merge], remarks=["only the newest 2 checkpoints count"],
     )  # fmt: skip
     service.records.put("window-300-1", reviewed)
     expected = [
         "noise energy 0.1200 +- 0.0030 nats (c 0.1000, prose 0.1400)",
+        "noise share 0.80: so much of the losses' differences is noise, the rest progress",
         "predicted 2.7100, measured 2.7000 on selection text (standard error 0.0040)",
         "only the newest 2 checkpoints count",
     ]

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from ckptfuse.errors import ConfigurationError, RuleError
 from ckptfuse.rules import Observation, Weights, get_rule
-from ckptfuse.rules.simplex import project_to_simplex
+from ckptfuse.rules.simplex import least_on_simplex
 
 LOSSES = st.lists(st.floats(0.5, 12), min_size=1, max_size=12)
 #: Losses that overflow or vanish where arithmetic is careless.
@@ -127,32 +127,39 @@ def test_softmax_goes_from_best_to_uniform_as_its_temperature_rises() -> None:
     assert weights_of("softmax", losses, tau=1e9) == pytest.approx([1 / 3] * 3)
 
 
-@given(st.lists(st.floats(-50, 50), min_size=1, max_size=8))
+@given(
+    st.lists(st.tuples(st.floats(-50, 50), st.floats(0.01, 10)), min_size=1, max_size=8),
+)
 @settings(max_examples=60, deadline=None)
-def test_projection_to_the_simplex_is_the_nearest_point_that_a_solver_finds(
-    point: list[float],
+def test_the_least_on_the_simplex_is_not_above_what_a_solver_finds(
+    terms: list[tuple[float, float]],
 ) -> None:
-    target = np.asarray(point)
-    count = len(point)
+    linear, curvature = np.array(terms).T
+    count = len(terms)
+
+    def objective(w: np.ndarray) -> float:
+        return float(linear @ w + curvature @ w**2)
+
     found = minimize(
-        lambda w: 0.5 * float((w - target) @ (w - target)),
+        objective,
         np.full(count, 1 / count),
-        jac=lambda w: w - target,
+        jac=lambda w: linear + 2 * curvature * w,
         bounds=[(0, 1)] * count,
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": lambda w: np.ones(count)},
         options={"ftol": 1e-14, "maxiter": 500},
         method="SLSQP",
     )
-    ours = project_to_simplex(target)
+    ours = least_on_simplex(linear, curvature)
     assert ours.sum() == pytest.approx(1)
     assert (ours >= 0).all()
-    assert 0.5 * (ours - target) @ (ours - target) <= found.fun + 1e-7
+    assert objective(ours) <= found.fun + 1e-6
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=8))
-def test_projection_leaves_a_point_of_the_simplex_where_it_is(point: list[float]) -> None:
+def test_a_point_of_the_simplex_is_the_nearest_to_itself(point: list[float]) -> None:
+    """|w - p|^2 is least where -2 p w + w^2 is."""
     inside = np.asarray(point) / sum(point)
-    assert project_to_simplex(inside) == pytest.approx(inside)
+    assert least_on_simplex(-2 * inside, np.ones(len(inside))) == pytest.approx(inside)
 
 
 # -- the registry ------------------------------------------------------------------------------
