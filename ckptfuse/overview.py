@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from ckptfuse.corpus import Split
 from ckptfuse.curves import first_reached
@@ -134,10 +135,17 @@ def _loss(service: Service, model_id: str, tokenizer: str, split: Split) -> floa
     return combine(by_domain, service.scorer.target_weights).mean if by_domain else None
 
 
-def steps_saved(rows: Iterable[Row], fused: Row) -> int | None:
-    """Further steps until the raw trajectory first reaches a fusion's loss; None if it has not."""
+def steps_saved(rows: Sequence[Row]) -> dict[int, int | None]:
+    """Step of a fusion -> further steps until the raw trajectory first reaches its loss.
+
+    ``rows`` in the order of training. None without a fusion, or if it has not been reached.
+    """
+    return {r.step: _steps_saved(r, islice(rows, number, None)) for number, r in enumerate(rows)}
+
+
+def _steps_saved(fused: Row, later: Iterable[Row]) -> int | None:
     if fused.fused is None:
         return None
-    later = [(r.step, r.loss) for r in rows if r.loss is not None and r.step >= fused.step]
-    reached = first_reached(later, fused.fused)
+    curve = ((r.step, r.loss) for r in later if r.loss is not None and r.step >= fused.step)
+    reached = first_reached(curve, fused.fused)
     return None if reached is None else round(reached) - fused.step

@@ -4,8 +4,10 @@ On report text, what people quote, metrics have bare names (``loss.fusion.python
 selection and audit text stand apart under ``selection/`` and ``audit/``.
 """
 
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from ckptfuse.corpus import SPLITS, Split
 from ckptfuse.evaluation import evaluate
@@ -23,6 +25,8 @@ _BATCH = 1000
 
 #: A metric's name, its value, the training step, and when its checkpoint was written (s).
 Point = tuple[str, float, int, float]
+#: Metric -> the training steps at which MLflow has it.
+Logged = dict[str, set[int]]
 _LARGEST_LOSS = 700.0  # nats, whose perplexity is still a float64
 
 
@@ -35,63 +39,99 @@ def draw_curves(registry: Registry) -> None:
     run = registry.curves_run()
     log_corpus(registry, run)
     seen = overview(registry.service)
-    wanted = list(_points(registry.service, seen))
-    logged = {
-        (name, metric.step)
-        for name in {name for name, *_ in wanted}
-        for metric in registry.client.get_metric_history(run, name)
-    }
+    logged = _logged(registry, run)
     fresh = [
         Metric(name, value, round(modified * 1000), step)
-        for name, value, step, modified in wanted
-        if (name, step) not in logged and math.isfinite(value)
+        for name, value, step, modified in _points(registry.service, seen, logged)
+        if math.isfinite(value) and step not in logged.get(name, ())
     ]
     for start in range(0, len(fresh), _BATCH):
         registry.client.log_batch(run, metrics=fresh[start : start + _BATCH])
+    for metric in fresh:
+        logged.setdefault(metric.key, set()).add(metric.step)
+    _remember(registry, run, logged)
     registry.client.log_text(run, figures.losses(seen), "figures/losses.svg")
     if any(row.plan is not None for row in seen.rows):
         registry.client.log_text(run, figures.weights(seen), "figures/weights.svg")
 
 
-def _points(service: Service, seen: Overview) -> Iterator[Point]:
+def _logged(registry: Registry, run: str) -> Logged:
+    """What the run has: as remembered in ``cache/``, or asked of MLflow metric by metric."""
+    try:
+        remembered = json.loads(_memory(registry).read_text())
+        if remembered["run"] == run:
+            return {name: set(steps) for name, steps in remembered["logged"].items()}
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        pass  # nothing there, or cut off by a kill
+    client = registry.client
+    return {
+        name: {metric.step for metric in client.get_metric_history(run, name)}
+        for name in client.get_run(run).data.metrics
+    }
+
+
+def _remember(registry: Registry, run: str, logged: Logged) -> None:
+    steps = {name: sorted(found) for name, found in logged.items()}
+    _memory(registry).write_text(json.dumps({"run": run, "logged": steps}))
+
+
+def _memory(registry: Registry) -> Path:
+    return registry.service.workspace.folder("cache") / "curves.json"
+
+
+def _points(service: Service, seen: Overview, logged: Logged) -> Iterator[Point]:
     written = {}
     for checkpoint in service.records.all(CheckpointRecord).values():
         written[checkpoint.fingerprint] = checkpoint.modified
         point = (checkpoint.step, checkpoint.modified)
-        yield from _losses(service, "raw", checkpoint.fingerprint, checkpoint.tokenizer, point)
+        yield from _losses(
+            service, "raw", checkpoint.fingerprint, checkpoint.tokenizer, point, logged
+        )
         tokens = tokens_of(checkpoint, service.params.window)
         if tokens is not None:
             yield ("tokens", tokens, *point)
     for plan in plans_of(service).values():
         point = (plan.step, written.get(plan.ancillary, 0.0))
         best = best_member(plan.members).fingerprint
-        yield from _losses(service, "best_single", best, plan.tokenizer, point)
-        yield from _losses(service, "fusion", plan.fusion, plan.tokenizer, point)
+        yield from _losses(service, "best_single", best, plan.tokenizer, point, logged)
+        yield from _losses(service, "fusion", plan.fusion, plan.tokenizer, point, logged)
         for note in (ENERGY, SHARE):
             if note in plan.notes:
                 yield (note, plan.notes[note], *point)
         for domain, energy in domain_energies(plan.notes).items():
             yield (f"{ENERGY}.{domain}", energy, *point)
+    saved = steps_saved(seen.rows)
     for row in seen.rows:
-        saved = steps_saved(seen.rows, row)
-        if saved is not None and row.plan is not None:
-            yield ("steps_saved", saved, row.step, written.get(row.plan.ancillary, 0.0))
+        steps = saved[row.step]
+        if steps is not None and row.plan is not None:
+            yield ("steps_saved", steps, row.step, written.get(row.plan.ancillary, 0.0))
 
 
 def _losses(
-    service: Service, name: str, model_id: str, tokenizer: str, point: tuple[int, float]
+    service: Service,
+    name: str,
+    model_id: str,
+    tokenizer: str,
+    point: tuple[int, float],
+    logged: Logged,
 ) -> Iterator[Point]:
-    """Loss (nats per token) and perplexity on each split, of each domain and of the target."""
+    """Loss (nats per token) and perplexity on each split, of each domain and of the target.
+
+    The target's loss comes last: where MLflow has that, it has all of the split, and nothing is
+    read.
+    """
     for split in SPLITS:
+        if point[0] in logged.get(f"{_prefix(split)}loss.{name}", ()):
+            continue
         by_domain = service.scorer.by_domain(model_id, tokenizer, split)
         if not by_domain:
             continue
         target = combine(by_domain, service.scorer.target_weights).mean
-        losses = {name: target} | {f"{name}.{d}": found.mean for d, found in by_domain.items()}
+        losses = {f"{name}.{d}": found.mean for d, found in by_domain.items()} | {name: target}
         for metric, loss in losses.items():
-            yield (f"{_prefix(split)}loss.{metric}", loss, *point)
             if loss < _LARGEST_LOSS:
                 yield (f"{_prefix(split)}perplexity.{metric}", math.exp(loss), *point)
+            yield (f"{_prefix(split)}loss.{metric}", loss, *point)
 
 
 def _prefix(split: Split) -> str:

@@ -9,6 +9,8 @@ from ckptfuse.overview import Overview, Row
 from ckptfuse.report import drawing
 from ckptfuse.report.drawing import BEST, FUSED, RAW
 
+LEGIBLE = 40  # fusions, a line each
+
 
 def losses(seen: Overview) -> str:
     """Raw, best single and merged loss by training step; published fusions are filled."""
@@ -19,10 +21,9 @@ def losses(seen: Overview) -> str:
     spikes = [row for row in seen.rows if row.spike is not None]
     if spikes:
         axes.plot(*_points(spikes, "loss"), "x", color="#222", ms=7, label="spike")
-    for row in seen.rows:
-        if row.fused is not None:
-            published = row.verdict in ("published", "champion")
-            axes.plot(row.step, row.fused, "o", ms=5, color=FUSED, mfc=FUSED if published else "w")
+    published = [row for row in seen.rows if row.verdict in ("published", "champion")]
+    axes.plot(*_points(seen.rows, "fused"), "o", ms=5, color=FUSED, mfc="w")
+    axes.plot(*_points(published, "fused"), "o", ms=5, color=FUSED)
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
@@ -30,8 +31,8 @@ def losses(seen: Overview) -> str:
 
 
 def weights(seen: Overview) -> str:
-    """For each fusion, the weight of every checkpoint it drew from."""
-    planned = [row for row in seen.rows if row.plan is not None]
+    """For each of the newest fusions, the weight of every checkpoint it drew from."""
+    planned = [row for row in seen.rows if row.plan is not None][-LEGIBLE:]
     figure, axes = drawing.axes(height=max(1.6, 0.28 * len(planned) + 0.9))
     sources = sorted({m.step for row in planned for m in (row.plan.members if row.plan else [])})
     grid = [

@@ -33,7 +33,7 @@ def render(service: Service) -> str:
         seen=seen,
         phases=phase_notes(seen.rows),
         explained={row.step: explain(row.plan) for row in seen.rows if row.plan is not None},
-        saved={row.step: steps_saved(seen.rows, row) for row in seen.rows},
+        saved=steps_saved(seen.rows),
         drawings=_drawings(service, seen),
     )
 

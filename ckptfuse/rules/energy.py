@@ -181,7 +181,7 @@ def _energies(losses: Vector, among: NDArray[np.bool_], energy: float, share: fl
     own = losses[among]
     room = float(own.mean() - own.min())
     most = max(energy - FLOOR, 0.0) / room if room else math.inf
-    return energy + min(share, most) * (losses - own.mean())
+    return np.asarray(energy + min(share, most) * (losses - own.mean()))
 
 
 def _lever(losses: Vector, among: NDArray[np.bool_], weights: Vector) -> float:

@@ -268,7 +268,8 @@ def _print_gains(service: Service, result: _Result) -> None:
 def _print_saved(seen: Overview) -> None:
     """At how many further steps the raw run reached a fusion's loss."""
     published = [row for row in seen.rows if row.verdict in ("published", "champion")]
-    reached = {row.step: saved for row in published if (saved := steps_saved(seen.rows, row))}
+    saved = steps_saved(seen.rows)
+    reached = {row.step: steps for row in published if (steps := saved[row.step])}
     last = seen.rows[-1].step
     if reached:
         examples = ", ".join(f"{step}: {saved}" for step, saved in reached.items())
