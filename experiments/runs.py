@@ -1,7 +1,7 @@
 """What is pretrained, and what is studied of it. Lengths are in saves, the distance of checkpoints.
 
-No window or threshold was chosen by its outcome. `calibrated` was changed once after a run: `wsd` had
-shown a fault of it, and `wsd-seed-1` and `wsd-medium` were added to judge the remedy.
+No window or threshold was chosen by its outcome. `calibrated` was changed once after a run: `wsd`
+had shown a fault of it, and `wsd-seed-1` and `wsd-medium` were added to judge the remedy.
 """
 
 import math
