@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
+from tasks.events import Name
 from tasks.notify import resource_of
 
 #: The tag of all our deployments, and so of their runs.
@@ -22,7 +23,7 @@ TAG = "ckptfuse"
 #: Three heartbeats and some delay; how often they come is in infra/prefect.yaml.
 ZOMBIE_AFTER = timedelta(seconds=240)
 #: Event -> the subject of its message.
-NEWS = {
+NEWS: dict[Name, str] = {
     "fusion.published": "a fusion was published",
     "fusion.declined-streak": "fusions are declined again and again",
     "checkpoint.spiked": "a checkpoint's loss left the trend",
@@ -58,7 +59,7 @@ def zombies() -> AutomationCore:
     )
 
 
-def news(event: str, block: UUID) -> AutomationCore:
+def news(event: Name, block: UUID) -> AutomationCore:
     """A message through the notification block for each such event of any trajectory."""
     subject = NEWS[event]
     return AutomationCore(

@@ -19,6 +19,7 @@ import yaml
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
 from prefect.states import Completed, Crashed, Failed
 
 from ckptfuse.errors import ConfigurationError
@@ -178,11 +179,11 @@ def test_without_a_server_deploy_says_which_one_it_wants(deployed: Project) -> N
 
 
 @contextmanager
-def a_worker(project: Project) -> Iterator[subprocess.Popen[bytes]]:
+def a_worker(project: Project, pool: str = "ckptfuse-gpu") -> Iterator[subprocess.Popen[bytes]]:
     """One that takes two runs at a time."""
     with (project.folder / "worker.log").open("ab") as log:
         process = subprocess.Popen(
-            [BINARIES / "prefect", "worker", "start", "--pool", "ckptfuse-gpu", "--limit", "2"],
+            [BINARIES / "prefect", "worker", "start", "--pool", pool, "--limit", "2"],
             env={**environment(), "PREFECT_WORKER_QUERY_SECONDS": "1"},
             stdout=log,
             stderr=log,
@@ -210,7 +211,7 @@ def test_a_worker_scores_what_a_watch_hands_over_and_the_records_are_the_same(
     deployed.land(420)
     summary = watch(deployed.params_file)
     assert (summary.scored, summary.verdicts) == (1, [])
-    assert_carried_out("score/trial", {"score checkpoint-420"})
+    assert_carried_out("score/trial", ["score checkpoint-420"])
     assert list((deployed.workspace / "cache" / "handed").iterdir()) == [], "answers are fetched"
 
     assert len(deployed.records("score")) == 3
@@ -231,18 +232,38 @@ def test_what_is_merged_judged_and_published_is_the_same(
     steps = (420, 480, 540, 600)
     deployed.land(*(s for s in steps if not (deployed.bucket / f"checkpoint-{s}").exists()))
     assert watch(deployed.params_file).published == 1
-    assert_carried_out("score/trial", {f"score checkpoint-{step}" for step in steps})
-    shards = {f"merge step 600, shard {shard} of 2" for shard in range(2)}
-    assert_carried_out("merge-shard/trial", shards)
+    assert_carried_out("score/trial", [f"score checkpoint-{step}" for step in steps])
+    fusions = deployed.records("fusion")  # the second, if any, has weights that the rule corrected
+    shards = [f"merge step 600, shard {shard} of 2" for shard in range(2)]
+    assert_carried_out("merge-shard/trial", shards * len(fusions))
 
     for kind in ("score", "gate"):
         assert keys_and_values(deployed, kind) <= keys_and_values(finished, kind)
     assert len(deployed.records("score")) > 5 * 3, "also of merges that the rule asked for"
-    for kind, count in {"checkpoint": 4, "plan": 2, "gate": 1, "publication": 1}.items():
+    plans = 1 + len(fusions)  # before each merge, and once the last is scored
+    for kind, count in {"checkpoint": 4, "plan": plans, "gate": 1, "publication": 1}.items():
         assert len(deployed.records(kind)) == count
         assert deployed.records(kind).keys() <= finished.records(kind).keys()
-    ((fusion, record),) = deployed.records("fusion").items()
-    assert record["files"] == finished.records("fusion")[fusion]["files"], "the same bytes"
+    for fusion, record in fusions.items():
+        assert record["files"] == finished.records("fusion")[fusion]["files"], "the same bytes"
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(900)
+def test_a_fuse_by_hand_and_a_replay_are_runs_of_a_worker_too(
+    deployed: Project, worker: subprocess.Popen[bytes]
+) -> None:
+    before = deployed.records("publication")
+    with a_worker(deployed, "ckptfuse"):
+        by_hand = run_deployment("fuse-step/trial", parameters={"step": 600}, timeout=300)
+        replay = run_deployment("backfill/trial", parameters={"last": 540}, timeout=500)
+    for run in (by_hand, replay):
+        assert run.state is not None
+        assert run.state.is_completed(), run.state.message
+    assert deployed.records("publication").keys() >= before.keys()
+    decided = {record["step"] for record in deployed.records("gate").values()}
+    assert decided == {540, 600}, "the window that the watch had skipped, and no window twice"
+    assert len(deployed.records("gate")) == 2
 
 
 @pytest.mark.stack
@@ -271,7 +292,7 @@ def states_of(name: str) -> list[str | None]:
     return [run.state_name for run in runs("score/trial") if run.name == name]
 
 
-def assert_carried_out(deployment: str, names: set[str]) -> None:
+def assert_carried_out(deployment: str, names: list[str]) -> None:
     """Each of these at its first attempt, and nothing else."""
     found = runs(deployment)
     assert sorted(run.name for run in found) == sorted(names)
@@ -377,12 +398,16 @@ def test_only_the_main_process_of_a_training_tells(monkeypatch: pytest.MonkeyPat
     NotifyCallback("trial").on_save(SimpleNamespace(output_dir="/bucket"), state, None)
 
 
-def test_news_reaches_a_person_as_a_message(deployed: Project, inbox: Inbox) -> None:
+def test_each_piece_of_news_reaches_a_person_as_one_message(
+    deployed: Project, inbox: Inbox
+) -> None:
     service = open_service(load_params(Path(deployed.params_file)))
-    tell(service, "checkpoint.quarantined", 480, "checkpoint-480 is quarantined: NaN")
-    (message,) = eventually(lambda: inbox.messages)
-    assert message["title"] == "trial: a checkpoint is quarantined"
-    assert message["message"] == "checkpoint-480 is quarantined: NaN"
+    told = {f"trial: {subject}": f"what happened: {event}" for event, subject in NEWS.items()}
+    for event in NEWS:
+        tell(service, event, 480, f"what happened: {event}")
+    eventually(lambda: len(inbox.messages) >= len(NEWS))
+    assert {message["title"]: message["message"] for message in inbox.messages} == told
+    assert len(inbox.messages) == len(NEWS)
 
 
 def test_an_event_needs_nothing_but_pythons_library() -> None:

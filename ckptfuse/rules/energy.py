@@ -75,7 +75,7 @@ def energy_of(seen: Observation, weights: Vector, merge: Measurement) -> Energy:
 class Share:
     """The noise share, and its values on the resamples of the text [R].
 
-    ``shown_by`` [K]: the weights of the merge that it was found from; zeros without one.
+    ``shown_by`` [K]: the weights of the merge that it was found from.
     """
 
     value: float
@@ -116,18 +116,17 @@ class LossModel:
         return Prediction(self.loss(weights), np.array(found), self._model_error(weights))
 
     def explaining(self, weights: Vector, merge: Measurement) -> "LossModel":
-        """This model with the noise share that explains the loss of a second merge too.
+        """This model, which has no noise share yet, with the one that explains a second merge too.
 
         As it is where the merge does not contradict it by more than two standard errors of the
         text, and where the merge cannot tell: its weights have nothing to do with the losses.
         """
-        plain = replace(self, share=None)
-        expected = plain.prediction(weights)
+        expected = self.prediction(weights)
         missed, rows = merge.loss - expected.loss, stacked([merge.resampled, expected.resampled])
         error = deviation(rows[:, 0] - rows[:, 1])
         lever = _lever(self.seen.losses, self.among, weights)
         if error is None or abs(missed) <= 2 * error or abs(lever) < FLOOR:
-            return plain
+            return self
         levers = [_lever(losses, self.among, weights) for losses in self.seen.resampled]
         shares = [(found - told) / lever for (found, told), lever in zip(rows, levers, strict=True)]
         share = Share(float(np.clip(missed / lever, 0, 1)), np.clip(shares, 0, 1), weights)
