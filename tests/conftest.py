@@ -165,7 +165,8 @@ def trajectory(trajectories: Trajectories) -> Trajectory:
 
 def environment() -> dict[str, str]:
     """Ours, less what MLflow left in it when a test in this process used a project of its own."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")}
+    left = ("MLFLOW_TRACKING", "MLFLOW_REGISTRY")
+    return {k: v for k, v in os.environ.items() if not k.startswith(left)}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Minutes long, so with a marker of its own: ``make test-stack``.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 import yaml
 
 from infra.native.stack import Stack
-from tests.conftest import BINARIES, DOMAINS
+from tests.conftest import BINARIES, DOMAINS, environment
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(1500)]
 
@@ -62,7 +61,7 @@ class Running:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        return {**os.environ, **self.stack.environment}
+        return {**environment(), **self.stack.environment}
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         folder = self.folder / "workspace" / "records" / kind
