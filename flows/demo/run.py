@@ -269,7 +269,7 @@ def _print_saved(seen: Overview) -> None:
     """At how many further steps the raw run reached a fusion's loss."""
     published = [row for row in seen.rows if row.verdict in ("published", "champion")]
     saved = steps_saved(seen.rows)
-    reached = {row.step: steps for row in published if (steps := saved[row.step])}
+    reached = {row.step: further for row in published if (further := saved[row.step])}
     last = seen.rows[-1].step
     if reached:
         examples = ", ".join(f"{step}: {saved}" for step, saved in reached.items())
