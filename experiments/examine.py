@@ -1,7 +1,8 @@
-"""One trajectory: ``python -m experiments.examine FOLDER NAME``. Its study, and four checks more.
+"""One trajectory: ``python -m experiments.examine FOLDER NAME``. Its study, and more checks.
 
 predictions   random weights: the loss that the model of `calibrated` predicts, and measured
 optimised     `calibrated` against weights found by gradient descent
+noise_share   what `calibrated` found of it
 named         `calibrated` against the best of the rules that measure no merge
 gate          the fusions of `calibrated` in the order of training, judged as the service does
 """
@@ -15,10 +16,11 @@ import torch
 
 from ckptfuse.losses import combine
 from ckptfuse.params import Params
+from ckptfuse.rules import get_rule
 from ckptfuse.service import Service, open_service
 from ckptfuse.study import IN, Case, Plan, Study, parse_rules, run_study, write_study
 from ckptfuse.study import Place as Studied
-from ckptfuse.study.choices import DEFAULT_RULES
+from ckptfuse.study.choices import DEFAULT_RULES, RuleChoice
 from ckptfuse.study.measure import Bench
 from ckptfuse.study.run import choose_windows, scored_checkpoints
 from experiments.gated import gated
@@ -79,6 +81,7 @@ def _checks(service: Service, study: Study, plan: Plan, trajectory: Trajectory) 
         bench = Bench(service, window.members)
         item: dict[str, Any] = {"size": studied.size, "step": studied.step}
         item["named"] = _against_named(study, studied)
+        item["noise_share"] = _noise_share(bench)
         if studied.size in (gate_size, largest):
             item |= predictions(bench, studied.step)
         if studied.size == largest and studied.step == study.places[-1].step:
@@ -94,6 +97,12 @@ def _against_named(study: Study, studied: Studied) -> dict[str, Any]:
     cases = [studied.case(rule) for rule in NAMED]
     best = min(cases, key=lambda case: case.losses.target(view).mean)
     return {"best": best.rule, **_above(study, studied.case("calibrated"), best)}
+
+
+def _noise_share(bench: Bench) -> float | None:
+    """Of `calibrated`'s last word; None where its first merge did not contradict 0."""
+    answer, _ = bench.ask(RuleChoice("calibrated", get_rule("calibrated")))
+    return answer.notes.get("noise_share")
 
 
 def _above(study: Study, case: Case, other: Case) -> dict[str, float]:

@@ -101,6 +101,7 @@ def _trajectories(place: Place, results: Results) -> str:
         study, checks = (results[trajectory.name][part] for part in ("study", "checks"))
         energies = [w for w in checks["windows"] if "noise_energy" in w]
         last = max(energies, key=lambda w: (w["step"], w["size"]))
+        shares = [w["noise_share"] or 0.0 for w in checks["windows"]]
         curve = study["curve"]
         rows.append(
             [
@@ -112,10 +113,11 @@ def _trajectories(place: Place, results: Results) -> str:
                 f"{curve[-1]['step']:,}",
                 f"{curve[-1]['loss'][IN]:.3f}",
                 f"{last['noise_energy']:.4f} ± {last['noise_energy_error']:.4f}",
+                f"{min(shares):.2f} - {statistics.median(shares):.2f} - {max(shares):.2f}",
             ]
         )
     head = ["trajectory", "what it is", "parameters", "rate", "tokens a step", "steps",
-            "last loss", "noise energy, last 20"]  # fmt: skip
+            "last loss", "noise energy, last 20", "noise share: least, median, most"]  # fmt: skip
     return f"## Trajectories\n\n{_table(head, rows, left=2)}"
 
 

@@ -250,24 +250,6 @@ def test_what_is_merged_judged_and_published_is_the_same(
 
 @pytest.mark.stack
 @pytest.mark.timeout(900)
-def test_a_fuse_by_hand_and_a_replay_are_runs_of_a_worker_too(
-    deployed: Project, worker: subprocess.Popen[bytes]
-) -> None:
-    before = deployed.records("publication")
-    with a_worker(deployed, "ckptfuse"):
-        by_hand = run_deployment("fuse-step/trial", parameters={"step": 600}, timeout=300)
-        replay = run_deployment("backfill/trial", parameters={"last": 540}, timeout=500)
-    for run in (by_hand, replay):
-        assert run.state is not None
-        assert run.state.is_completed(), run.state.message
-    assert deployed.records("publication").keys() >= before.keys()
-    decided = {record["step"] for record in deployed.records("gate").values()}
-    assert decided == {540, 600}, "the window that the watch had skipped, and no window twice"
-    assert len(deployed.records("gate")) == 2
-
-
-@pytest.mark.stack
-@pytest.mark.timeout(900)
 def test_what_a_killed_worker_was_scoring_is_scored_by_another(
     deployed: Project, finished: Project
 ) -> None:
@@ -290,6 +272,26 @@ def test_what_a_killed_worker_was_scoring_is_scored_by_another(
     }
     assert len(own) == 3
     assert own <= keys_and_values(finished, "score")
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(900)
+def test_a_fuse_by_hand_and_a_replay_are_runs_of_a_worker_too(
+    deployed: Project, worker: subprocess.Popen[bytes]
+) -> None:
+    """One on CPUs, which hands to the one on GPUs what is to be scored and merged."""
+    deployed.land(720)
+    decided = {record["step"] for record in deployed.records("gate").values()}
+    with a_worker(deployed, "ckptfuse"):
+        replay = run_deployment("backfill/trial", timeout=500)
+        by_hand = run_deployment("fuse-step/trial", parameters={"step": 720}, timeout=300)
+    for run in (replay, by_hand):
+        assert run.state is not None
+        assert run.state.is_completed(), run.state.message
+    gates = deployed.records("gate").values()
+    assert {record["step"] for record in gates} == decided | {720}
+    assert len(gates) == len(decided) + 1, "by hand the verdict is the replay's"
+    assert states_of("score checkpoint-720") == ["Completed"]
 
 
 def states_of(name: str) -> list[str | None]:

@@ -153,7 +153,7 @@ def test_a_scoring_job_ends_with_the_service_that_started_it(
 
 
 def _wait_for_child(parent: int, words: str) -> int:
-    for _ in range(1200):
+    for _ in range(4000):
         children = Path(f"/proc/{parent}/task/{parent}/children")
         assert children.exists(), "it ended before it scored"
         for child in children.read_text().split():
