@@ -42,7 +42,10 @@ def known(stack: Stack, folder: Path, texts: Path, source: Path, rounds: int) ->
     """Looks at a bucket where there is nothing to do; the first lists everything."""
     params_file = write_params(folder / "known", texts, "known")
     bucket = stack.state / "s3" / "checkpoints" / "known"
-    here = {"CKPTFUSE_BUCKET": "s3://checkpoints/known"}
+    here = {
+        "CKPTFUSE_BUCKET": "s3://checkpoints/known",
+        "CKPTFUSE_MLFLOW__TRACKING_URI": stack.url("mlflow"),
+    }
     if not (folder / "known" / "laid").is_file():
         shutil.rmtree(bucket, ignore_errors=True)
         shutil.rmtree(folder / "known" / "workspace", ignore_errors=True)

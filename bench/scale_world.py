@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.listing import Conventions, find
 from ckptfuse.params import load_params
 from ckptfuse.records import (
     CheckpointRecord,
@@ -23,8 +24,8 @@ from ckptfuse.records import (
     ScoreRecord,
 )
 from ckptfuse.service import Service, open_service
-from ckptfuse.steps.look import discover
 from ckptfuse.steps.weigh import plan_key
+from ckptfuse.store import open_store
 from ckptfuse.window import window_key, windows
 from tasks.marks import mark
 from tasks.publish import CURVES, what_curves_show
@@ -112,7 +113,10 @@ def lay_known(source: Path, bucket: Path, params_file: Path, count: int) -> None
             if (newest / name).is_file():
                 os.link(newest / name, folder / name)
     service = open_service(load_params(params_file))
-    checkpoints = [_checkpoint(one) for one in discover(service).complete]  # type: ignore[arg-type]
+    listing = find(
+        open_store(str(service.params.bucket)), Conventions(settle_seconds=0, known=_Everything())
+    )
+    checkpoints = [_checkpoint(one) for one in listing.complete]  # type: ignore[arg-type]
     for record in checkpoints:
         _write(service, record.signature, record)
         _write_scores(service, record)
@@ -122,6 +126,13 @@ def lay_known(source: Path, bucket: Path, params_file: Path, count: int) -> None
         _write_verdict(service, key, window.members)
     # As if MLflow's curves had been drawn with each of them: all at once takes minutes.
     mark(service, CURVES, what_curves_show(service))
+
+
+class _Everything:
+    """Whatever the signature, it is known: no header is read."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
 
 
 def _checkpoint(listed: Checkpoint) -> CheckpointRecord:
