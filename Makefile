@@ -7,7 +7,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup packages demo test lint test-faults test-stack stack stack-down
-.PHONY: bench-merge bench-merge-s3 bench-score bench-scale experiments clean
+.PHONY: bench-merge bench-merge-s3 bench-score experiments clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -46,7 +46,7 @@ lint: $(READY) ## ruff and mypy
 test-faults: $(READY) ## the tests that kill the service again and again
 	$(BIN)/python -m pytest -n 2 --dist load -m faults
 
-test-stack: packages $(READY) ## a trainer against the native stack, scored by two workers (5 min)
+test-stack: packages $(READY) ## the native stack: a trainer, workers that score and merge, a killed one (20 min)
 	$(BIN)/python -m pytest -m stack
 
 # Elsewhere than in workspace/stack: make stack STATE=/srv/ckptfuse PARAMS=/where/params.yaml
@@ -66,11 +66,8 @@ bench-merge: $(READY) $(VENV)/mergekit/.ready ## the merge against mergekit and 
 bench-merge-s3: $(READY) ## the merge from S3, on loopback, against bare ranged reads (5 min, 4 GB)
 	$(BIN)/python -m bench.merge_s3 --folder workspace/bench/s3
 
-bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (10 min)
+bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (30 min)
 	$(BIN)/python -m bench.score
-
-bench-scale: packages $(READY) ## 10,000 known checkpoints, overheads, 200 at once (30 min)
-	$(BIN)/python -m bench.scale --folder workspace/bench/scale
 
 experiments: $(READY) ## the reference study: trains, compares all rules, writes experiments/results.md
 	$(BIN)/python -m experiments
