@@ -22,6 +22,8 @@ from ckptfuse.service import Service, open_service
 from flows.cli import app
 from tasks.aliases import settle_champion
 from tasks.chain import verify
+from tasks.curves import draw_curves
+from tasks.registry import registry_of
 from tests.conftest import Project
 from tests.relocating import copy_of
 
@@ -330,3 +332,30 @@ def test_a_retirement_that_was_killed_is_finished_by_the_next(replaceable: Proje
     opened(replaceable).records.put(chosen.fusion, record)
     assert "deleted version 1" in run(replaceable, "prune").stdout
     assert [version for version, _ in replaceable.versions()] == ["2"]
+
+
+# -- curves --------------------------------------------------------------------------------------
+
+
+def test_curves_that_are_drawn_again_add_no_point_whatever_became_of_the_memory(
+    project: Project,
+) -> None:
+    memory = project.workspace / "cache" / "curves.json"
+
+    def drawn() -> dict[str, list[int]]:
+        with registry_of(opened(project)) as registry:
+            draw_curves(registry)
+            client, run = registry.client, registry.curves_run()
+            return {
+                name: [point.step for point in client.get_metric_history(run, name)]
+                for name in client.get_run(run).data.metrics
+            }
+
+    found = drawn()
+    assert found["loss.raw"] == [420, 480, 540, 600, 660, 720]
+    assert all(len(set(steps)) == len(steps) for steps in found.values())
+    memory.write_text(memory.read_text()[:100])
+    assert drawn() == found
+    memory.unlink()
+    assert drawn() == found
+    assert set(json.loads(memory.read_text())["logged"]) == found.keys()
