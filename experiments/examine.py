@@ -2,7 +2,7 @@
 
 predictions   random weights: the loss that the model of `calibrated` predicts, and measured
 optimised     `calibrated` against weights found by gradient descent
-noise_share   what `calibrated` found of it
+noise_share   how much of the losses' differences `calibrated` took for noise
 named         `calibrated` against the best of the rules that measure no merge
 gate          the fusions of `calibrated` in the order of training, judged as the service does
 """

@@ -1,5 +1,7 @@
 """``calibrated``: perplexity weights whose temperature is measured, and that check themselves.
 
+Two parameters of the loss model are measured in turn::
+
     uniform merge measured -> e -> weights -> their merge measured -> s -> better weights, once
                               |                                       and what neither e nor s
                               not above noise: the newest half,       explains is said, and the
