@@ -57,26 +57,31 @@ def weighted_sums(
     """
     given = next(part for part in parts if part is not None)
     dtype, count = wide_dtype(given.dtype), len(given)
-    wide = [_widened(part, dtype, scratch, i) for i, part in enumerate(parts)]
     total, product = (scratch.take(use, dtype, count) for use in ("total", "product"))
-    for vector in vectors:  # one sum at a time stays in the cache, however many there are
-        terms = [
-            (values, dtype.type(weight))
-            for values, weight in zip(wide, vector, strict=True)
-            if values is not None and weight
+    if len(vectors) > 1:  # once for all of them; for one, in the cache, when it is used
+        parts = [
+            part if part is None else _widened(part, scratch.take(f"widened {i}", dtype, count))
+            for i, part in enumerate(parts)
         ]
-        np.multiply(*terms[0], out=total)  # the product itself: 0 + -0 would lose the sign
-        for values, weight in terms[1:]:
-            np.add(total, np.multiply(values, weight, out=product), out=total)
+    for vector in vectors:  # one sum at a time stays in the cache, however many there are
+        terms = (
+            (part, dtype.type(weight))
+            for part, weight in zip(parts, vector, strict=True)
+            if part is not None and weight
+        )
+        oldest, weight = next(terms)
+        np.multiply(_widened(oldest, total), weight, out=total)  # 0 + -0 would lose the sign
+        for part, weight in terms:
+            np.add(total, np.multiply(_widened(part, product), weight, out=product), out=total)
         yield total
 
 
-def _widened(part: Array | None, dtype: np.dtype[Any], scratch: Scratch, i: int) -> Array | None:
-    if part is None or part.dtype == dtype:
+def _widened(part: Array, to: Array) -> Array:
+    """A part in the wide type of ``to``, where it is put unless it is of that type."""
+    if part.dtype == to.dtype:
         return part
-    values = scratch.take(f"widened {i}", dtype, len(part))
-    np.copyto(values, part)
-    return values
+    np.copyto(to, part)
+    return to
 
 
 def round_into(output: Array, total: Array) -> bool:

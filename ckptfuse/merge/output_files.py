@@ -128,9 +128,12 @@ class Span:
         """Its first byte in the output file."""
         return self.placed.start + self.first * self.placed.width
 
-    def split(self, count: int) -> Iterator["Span"]:
-        for offset in range(0, self.count, count):
-            yield Span(self.placed, self.first + offset, min(count, self.count - offset))
+    def cut(self, count: int) -> tuple["Span", "Span | None"]:
+        """The first ``count`` of its elements, and the others if there are any."""
+        if count >= self.count:
+            return self, None
+        rest = Span(self.placed, self.first + count, self.count - count)
+        return Span(self.placed, self.first, count), rest
 
 
 def output_files(inputs: Inputs) -> list[OutputFile]:

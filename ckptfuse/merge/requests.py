@@ -41,18 +41,19 @@ class Requests:
     spread: Spread
 
     def of(self, spans: Iterator[Span]) -> Iterator[list[Span]]:
-        """Groups of spans of one kind that together make a read of about ``size``."""
+        """Groups of spans of one kind, each but the last of a kind a read of ``size``."""
         group: list[Span] = []
         room = self.size
         for span in spans:
             width = tensor_bytes(span.placed.tensor.dtype, (1,))
-            for piece in span.split(max(1, self.size // width)):
-                needed = piece.count * width
-                if group and (needed > room or not self._alike(piece, group[0])):
+            rest: Span | None = span
+            while rest is not None:
+                if group and (room < width or not self._alike(rest, group[0])):
                     yield group
                     group, room = [], self.size
+                piece, rest = rest.cut(max(1, room // width))
                 group.append(piece)
-                room -= needed
+                room -= piece.count * width
         if group:
             yield group
 
