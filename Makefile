@@ -7,7 +7,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup packages demo test lint test-faults test-stack stack stack-down
-.PHONY: bench-merge bench-merge-s3 bench-score experiments clean
+.PHONY: bench-merge bench-merge-s3 bench-score bench-scale experiments clean
 
 PYTHON ?=
 VENV ?= .venv
@@ -68,6 +68,9 @@ bench-merge-s3: $(READY) ## the merge from S3, on loopback, against bare ranged 
 
 bench-score: $(READY) ## the scorer against lm-evaluation-harness and the plain loop (30 min)
 	$(BIN)/python -m bench.score
+
+bench-scale: packages $(READY) ## 10,000 known checkpoints, overheads, 200 at once (30 min)
+	$(BIN)/python -m bench.scale --folder workspace/bench/scale
 
 experiments: $(READY) ## the reference study: trains, compares all rules, writes experiments/results.md
 	$(BIN)/python -m experiments

@@ -20,10 +20,12 @@ TREE = f"ckptfuse-tree-1:{LEAF_SIZE}"
 _TREE_PREFIX = f"{TREE}:".encode()
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical_json(value: object) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, NaN refused."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode()
+    return _ENCODER.encode(value).encode()
 
 
 def digest(value: object) -> str:

@@ -10,7 +10,7 @@ only those are listed that are new or recent (`look_again`).
 
 import heapq
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
@@ -80,14 +80,17 @@ def find(bucket: Store, conventions: Conventions) -> Listing:
 
 
 def look_again(
-    bucket: Store, conventions: Conventions, remembered: Mapping[str, Listed], recent: int
+    bucket: Store,
+    names: Sequence[str],
+    conventions: Conventions,
+    remembered: Mapping[str, Listed],
+    recent: int,
 ) -> Listing:
     """What `find` would say, if the files of ``remembered`` (by folder) are as they were.
 
-    One listing of the folders' names, and one of each folder that is not remembered or is among
-    the ``recent`` highest steps. A checkpoint that was written over further back is not seen.
+    ``names`` are the bucket's folders. One listing of each folder that is not remembered or is
+    among the ``recent`` highest steps. A checkpoint that was written over further back is not seen.
     """
-    names = bucket.folders()
     known = {name: remembered[name] for name in names if name in remembered}
     newest = heapq.nlargest(recent, known, key=lambda name: (known[name].step, name))
     for name in newest:

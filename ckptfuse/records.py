@@ -359,13 +359,16 @@ class Records:
 
     def keys(self, kind: type[Record]) -> frozenset[str]:
         """The keys of one kind; no record is read."""
+        return frozenset(self._listed_keys(kind))
+
+    def _listed_keys(self, kind: type[Record]) -> list[str]:
         start = len(kind.kind) + 1
         names = self.store.names(f"{kind.kind}/")
-        return frozenset(name[start : -len(".json")] for name in names if name.endswith(".json"))
+        return [name[start : -len(".json")] for name in names if name.endswith(".json")]
 
     def all(self, kind: type[AnyRecord]) -> dict[str, AnyRecord]:
         """Key -> record, of one kind, by key. A record never changes: each is read once."""
-        return {key: self._known(kind, key) for key in sorted(self.keys(kind))}
+        return {key: self._known(kind, key) for key in sorted(self._listed_keys(kind))}
 
     def _known(self, kind: type[AnyRecord], key: str) -> AnyRecord:
         record = self._parsed.get((kind, key))

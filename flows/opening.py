@@ -1,11 +1,15 @@
 """How a flow opens its trajectory: with what its machine and its parameters allow."""
 
+import gc
 import logging
+from functools import cache
 from pathlib import Path
 
+from ckptfuse.jobs import Here, Runner
 from ckptfuse.params import load_params
 from ckptfuse.service import Service, open_service
 from flows.environment import prepare
+from tasks.ahead import ImportingAhead
 from tasks.log import log
 from tasks.workers import Workers
 
@@ -14,7 +18,15 @@ def open_flow(params_file: str) -> Service:
     """The service; its scoring goes to workers where ``execution`` says so."""
     params = load_params(Path(params_file))
     prepare(Path(params.workspace))  # a worker of Prefect's has not been through our command line
+    _leave_imports_alone()
     log.setLevel(logging.INFO)  # Prefect gives an extra logger its handlers, and no level
-    if params.execution == "inline":
-        return open_service(params)
-    return open_service(params, Workers(params.trajectory, Path(params.workspace) / "cache"))
+    runner: Runner = Here()
+    if params.execution == "deployments":
+        runner = Workers(params.trajectory, Path(params.workspace) / "cache")
+    return open_service(params, ImportingAhead(runner))
+
+
+@cache
+def _leave_imports_alone() -> None:
+    """Garbage collection walks what Prefect brings in over and over while records are read."""
+    gc.freeze()

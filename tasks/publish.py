@@ -21,6 +21,9 @@ from tasks.log import log
 from tasks.marks import is_marked, mark
 from tasks.registry import Registry, registry_of
 
+#: The mark of curves that show what is recorded.
+CURVES = "curves"
+
 
 @task(cache_policy=NO_CACHE, task_run_name="register step {decided.step}")
 def publish(
@@ -68,16 +71,21 @@ def _publish(
     return record
 
 
+def what_curves_show(service: Service) -> str:
+    """Digest of the records that the curves are drawn from."""
+    kinds = (CheckpointRecord, PlanRecord, GateRecord)
+    return digest([sorted(service.records.keys(kind)) for kind in kinds])
+
+
 @task(cache_policy=NO_CACHE)
 def draw_curves(service: Service) -> None:
     """Bring MLflow's curves up to the records; a registry that is down waits for the next run."""
-    kinds = (CheckpointRecord, PlanRecord, GateRecord)
-    seen = digest([sorted(service.records.keys(kind)) for kind in kinds])
-    if is_marked(service, "curves", seen):
+    seen = what_curves_show(service)
+    if is_marked(service, CURVES, seen):
         return  # without loading MLflow
     try:
         with registry_of(service) as registry:
             curves.draw_curves(registry)
-        mark(service, "curves", seen)
+        mark(service, CURVES, seen)
     except CkptfuseError as error:
         log.warning("the curves in MLflow wait for the next run: %s", error)

@@ -65,6 +65,29 @@ def troubled(
     return project
 
 
+def test_prefect_shows_what_a_look_found_and_did(troubled: Project) -> None:
+    """Its name tells of it in a list of hundreds; the table of fusions is an artifact."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    with get_client(sync_client=True) as client:
+        runs = [
+            run
+            for run in client.read_flow_runs()
+            if run.parameters.get("params_file") == troubled.params_file
+        ]
+        look = next(run for run in runs if run.name.startswith("watch"))
+        chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[look.id]))
+        tables = client.read_artifacts(artifact_filter=chosen)
+    assert look.name == "watch to step 700: 3 scored, 1 published, 3 quarantined"
+    assert "fuse step 540" in {run.name for run in runs}
+    told = [str(table.data) for table in tables if table.key == "fusions-trial"]
+    (verdict,) = troubled.records("gate").values()
+    assert len(told) == 1
+    assert "| 540 | " in told[0]
+    assert str(verdict["reason"]) in told[0]
+
+
 def test_nan_weights_are_quarantined_by_the_name_of_their_tensor(troubled: Project) -> None:
     assert (
         "'model.layers.1.mlp.up_proj.weight' has 1 NaN or Inf"

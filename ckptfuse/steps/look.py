@@ -1,6 +1,7 @@
 """Look: what is in the bucket, what do the records say, what is to be done?"""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from ckptfuse import checkpoints, remembered
 from ckptfuse.listing import Conventions, Listed, Listing, find, look_again
@@ -24,19 +25,23 @@ def discover(service: Service) -> Listing:
     """
     watch = service.params.watch
     bucket = open_store(checkpoints.check_bucket_uri(service.params.bucket))
-    known: dict[str, Listed] = {
-        **service.records.all(CheckpointRecord),
-        **service.records.all(QuarantineRecord),
-    }
-    conventions = Conventions(watch.pattern, watch.marker, watch.settle_seconds, known)
     file = service.workspace.folder("cache") / "listing.json"
     last = remembered.load(file)
-    if not last.is_usable:
+    with ThreadPoolExecutor(1) as ahead:  # the bucket answers while the records are read
+        names = ahead.submit(bucket.folders) if last.is_usable else None
+        known: dict[str, Listed] = {
+            **service.records.all(CheckpointRecord),
+            **service.records.all(QuarantineRecord),
+        }
+        service.records.all(GateRecord)  # which remembers them for the plan
+    conventions = Conventions(watch.pattern, watch.marker, watch.settle_seconds, known)
+    if names is None:
         found, at = find(bucket, conventions), time.time()
     else:
         there = {n: known[signature] for n, signature in last.signatures.items()
                  if signature in known}  # fmt: skip
-        found, at = look_again(bucket, conventions, there, service.params.window.size), last.at
+        recent = service.params.window.size
+        found, at = look_again(bucket, names.result(), conventions, there, recent), last.at
     now = remembered.remember(found, at)
     if now != last:
         now.save(file)
