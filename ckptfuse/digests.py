@@ -18,8 +18,7 @@ LEAF_SIZE = 8 * 1024 * 1024
 #: Names how content hashes are made.
 TREE = f"ckptfuse-tree-1:{LEAF_SIZE}"
 _TREE_PREFIX = f"{TREE}:".encode()
-
-
+#: json.dumps would make one for each of the tens of thousands of keys that a look digests.
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

@@ -33,7 +33,6 @@ def discover(service: Service) -> Listing:
             **service.records.all(CheckpointRecord),
             **service.records.all(QuarantineRecord),
         }
-        service.records.all(GateRecord)  # which remembers them for the plan
     conventions = Conventions(watch.pattern, watch.marker, watch.settle_seconds, known)
     if names is None:
         found, at = find(bucket, conventions), time.time()

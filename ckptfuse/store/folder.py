@@ -20,7 +20,7 @@ _SYNC_BYTES = 64 * 1024 * 1024
 class FolderStore:
     """Files under a folder; reads wait for ``throttle``, for each call and each folder listed."""
 
-    request_size = 2 * 1024 * 1024  # still in the cache when it is used
+    request_size = 2 * 1024 * 1024  # few calls, and still in the cache when used
     is_remote = False
 
     def __init__(self, root: Path, throttle: Throttle = FREE) -> None:
