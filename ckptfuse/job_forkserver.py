@@ -6,6 +6,7 @@ standard output, and after each one stands how it ended. When standard input end
 running job.
 """
 
+import gc
 import os
 import select
 import signal
@@ -51,10 +52,14 @@ def main() -> None:
 
 
 def _load() -> None:
+    """Import what a job needs. What that leaves behind stays: no use in looking it through."""
+    gc.disable()
     import ckptfuse.job
     import ckptfuse.modeling
 
     ckptfuse.modeling.load_transformers()
+    gc.freeze()
+    gc.enable()
 
 
 def _be(job: Job) -> None:

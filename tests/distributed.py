@@ -1,11 +1,10 @@
 """Distributed checkpoints as trainers write them: torch's own, by several processes (gloo).
 
-``python -m tests.distributed write,KIND,SEED,FOLDER resume,KIND,FOLDER,OUT ...`` is what each rank
-runs; ``launch`` starts them.
+``launch`` runs commands such as write,KIND,SEED,FOLDER or resume,KIND,FOLDER,OUT on every rank.
 """
 
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tests.forked import run_forked
 from tests.servers import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -25,25 +25,13 @@ ROOT = Path(__file__).parents[1]
 
 def launch(ranks: int, *commands: Sequence[object]) -> None:
     """Run these commands, one after the other, on ``ranks`` processes; raises when one fails."""
-    port = free_port()
     words = [",".join(map(str, command)) for command in commands]
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed", *words],
-            cwd=ROOT,
-            env={
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    outputs = [child.communicate(timeout=240)[0] for child in children]
-    for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output[-3000:]
+    surroundings = {
+        **os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    done = run_forked("tests.distributed:main", words, ROOT, surroundings)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 class MasterSGD(torch.optim.Optimizer):
@@ -135,14 +123,22 @@ def write_columns(seed: str, axis: str, folder: str) -> None:
     dcp.save({**whole, **cut}, checkpoint_id=folder)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
+    """Become one process a rank."""
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_run, args=(n,)) for n in range(int(os.environ["WORLD_SIZE"]))]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode for rank in ranks))
+
+
+def _run(rank: int) -> None:
+    os.environ["RANK"] = str(rank)
     dist.init_process_group("gloo")
-    for command in arguments:
+    for command in sys.argv[1:]:
         name, *rest = command.split(",")
         {"write": write, "resume": resume, "columns": write_columns}[name](*rest)
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,12 +1,10 @@
-"""A watch run that is killed after its n-th external call, without the seconds of imports.
+"""A watch run that is killed after its n-th external call, and what there is afterwards.
 
-    python -m tests.killing FOLDER      (of a project)
-
-imports the service once, then answers each line of standard input by a process that it forks, and
-one JSON line: the process's exit status and what it wrote. `watch N` runs the service once and
-kills it (SIGKILL: no clean-up of any kind) right after its N-th external call, 0 never; the answer
-lists the calls. `observe` answers with what there is (tests/observing.py): in a fresh process too,
-since SQLite's caches do not notice a database that was put back to an earlier state.
+Both are programs for tests/forked.py, with the folder of a project as their first argument.
+`disturbed FOLDER N` runs the service once and kills it (SIGKILL: no clean-up of any kind) right
+after its N-th external call, 0 never; it prints the calls. `observed FOLDER` prints what there is
+(tests/observing.py): in a fresh process too, since SQLite's caches do not notice a database that
+was put back to an earlier state.
 
 An external call is one whose effect outlives the process: a record, a job, a folder of weights, a
 command of Git or DVC, a change in MLflow.
@@ -18,12 +16,10 @@ import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlflow.transformers  # noqa: F401 - the slow imports, once, before any fork
 from mlflow import MlflowClient
 
 import ckptfuse.jobs
@@ -99,37 +95,17 @@ def _mlflow(method: str, _: MlflowClient, *arguments: Any) -> str:
     return f"mlflow {method}{alias}"
 
 
-def _answer(project: Project, question: list[str], out: int) -> None:
-    if question[0] == "observe":
-        with os.fdopen(out, "w") as answer:
-            json.dump(observe(project), answer)
-    else:
-        Killer(int(question[1]), out).install()
-        watch(project.params_file)
+def disturbed() -> None:
+    log = os.dup(1)
+    os.dup2(2, 1)  # what the service prints is not part of the answer
+    Killer(int(sys.argv[2]), log).install()
+    watch(_project().params_file)
 
 
-def main(project: Project) -> None:
-    for line in sys.stdin:
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.close(reading)
-                os.dup2(2, 1)  # standard output is for answers
-                _answer(project, line.split(), writing)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        os.close(writing)
-        with os.fdopen(reading) as answered:
-            text = answered.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        print(json.dumps({"status": status, "answer": text}), flush=True)
+def observed() -> None:
+    print(json.dumps(observe(_project())))
 
 
-if __name__ == "__main__":
+def _project() -> Project:
     folder = Path(sys.argv[1])
-    main(Project(folder, Trajectory(folder / "bucket", {})))
+    return Project(folder, Trajectory(folder / "bucket", {}))

@@ -188,7 +188,7 @@ def test_a_newest_checkpoint_that_went_bad_is_fused_around(
     def spoil(tensors: Tensors) -> None:
         generator = torch.Generator().manual_seed(0)
         for values in tensors.values():
-            values += 0.3 * values.std() * torch.randn(values.shape, generator=generator)
+            values += 0.4 * values.std() * torch.randn(values.shape, generator=generator)
 
     change_weights(project.bucket / "checkpoint-720", spoil)
     (verdict,) = watch(project.params_file).verdicts

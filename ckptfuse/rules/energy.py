@@ -99,7 +99,7 @@ class LossModel:
 
     def loss(self, weights: Vector) -> float:
         """L(w), in nats."""
-        return _loss(self.seen.losses, weights, self._energies())
+        return float(_loss(self.seen.losses, weights, self._energies()))
 
     def best_weights(self) -> Vector:
         """Where on the simplex L(w) is least [K]. Closed form and sparse."""
@@ -107,13 +107,13 @@ class LossModel:
 
     def best_weights_resampled(self) -> Vector:
         """The same on each resample of the text [R, K]; R is 0 where they are not known."""
-        found = [self._minimiser(losses, energies) for losses, energies in self._rows()]
-        return np.array(found).reshape(len(found), len(self.seen))
+        return self._minimiser(*self._resampled())
 
     def prediction(self, weights: Vector) -> Prediction:
         """L(w) with the text's error and the model's."""
-        found = [_loss(losses, weights, energies) for losses, energies in self._rows()]
-        return Prediction(self.loss(weights), np.array(found), self._model_error(weights))
+        losses, energies = self._resampled()
+        found = _loss(losses, weights, energies)
+        return Prediction(self.loss(weights), found, self._model_error(weights))
 
     def explaining(self, weights: Vector, merge: Measurement) -> "LossModel":
         """This model, which has no noise share yet, with the one that explains a second merge too.
@@ -124,36 +124,30 @@ class LossModel:
         expected = self.prediction(weights)
         missed, rows = merge.loss - expected.loss, stacked([merge.resampled, expected.resampled])
         error = deviation(rows[:, 0] - rows[:, 1])
-        lever = _lever(self.seen.losses, self.among, weights)
+        lever = float(_lever(self.seen.losses, self.among, weights))
         if error is None or abs(missed) <= 2 * error or abs(lever) < FLOOR:
             return self
-        levers = [_lever(losses, self.among, weights) for losses in self.seen.resampled]
-        shares = [(found - told) / lever for (found, told), lever in zip(rows, levers, strict=True)]
+        shares = (rows[:, 0] - rows[:, 1]) / _lever(self.seen.resampled, self.among, weights)
         share = Share(float(np.clip(missed / lever, 0, 1)), np.clip(shares, 0, 1), weights)
         return replace(self, share=share)
 
     def _minimiser(self, losses: Vector, energies: Vector) -> Vector:
         curvature = np.maximum(energies, FLOOR)
-        newest = slice(len(losses) - self.length, None)
-        return padded(
-            least_on_simplex((losses - curvature)[newest], curvature[newest]), len(losses)
-        )
+        count = losses.shape[-1]
+        newest = np.s_[..., count - self.length :]
+        return padded(least_on_simplex((losses - curvature)[newest], curvature[newest]), count)
 
     def _energies(self) -> Vector:
-        return _energies(
-            self.seen.losses, self.among, self.energy.value, self.share.value if self.share else 0
-        )
+        share = self.share.value if self.share else 0.0
+        return _energies(self.seen.losses, self.among, self.energy.value, share)
 
-    def _rows(self) -> list[tuple[Vector, Vector]]:
-        """Losses and energies on each resample; none where they are not known alike."""
+    def _resampled(self) -> tuple[Vector, Vector]:
+        """Losses and energies on each resample [R, K]; R is 0 where they are not known alike."""
         losses, energies = self.seen.resampled, self.energy.resampled
         if len(losses) != len(energies):
-            return []
+            return (np.empty((0, len(self.seen))),) * 2
         shares = self.share.resampled if self.share else np.zeros(len(energies))
-        return [
-            (row, _energies(row, self.among, energy, share))
-            for row, energy, share in zip(losses, energies, shares, strict=True)
-        ]
+        return losses, _energies(losses, self.among, energies, shares)
 
     def _model_error(self, weights: Vector) -> float:
         """How far off L(w) may be because checkpoints differ in their noise, as a standard error.
@@ -172,21 +166,30 @@ class LossModel:
         scattered = float(losses.std() * np.linalg.norm(kept - kept.mean()))
         if self.share:
             return scattered
-        return max(abs(_lever(self.seen.losses, self.among, weights)) / 2, scattered)
+        return max(abs(float(_lever(self.seen.losses, self.among, weights))) / 2, scattered)
 
 
-def _energies(losses: Vector, among: NDArray[np.bool_], energy: float, share: float) -> Vector:
-    """e_i [K]. The share is at most what leaves the lowest of them above the floor."""
-    own = losses[among]
-    room = float(own.mean() - own.min())
-    most = max(energy - FLOOR, 0.0) / room if room else math.inf
-    return np.asarray(energy + min(share, most) * (losses - own.mean()))
+# Below, losses are [K], or [R, K] with an energy, a share and an answer for each row.
 
 
-def _lever(losses: Vector, among: NDArray[np.bool_], weights: Vector) -> float:
+def _energies(
+    losses: Vector, among: NDArray[np.bool_], energy: float | Vector, share: float | Vector
+) -> Vector:
+    """e_i. The share is at most what leaves the lowest of them above the floor."""
+    own = losses[..., among]
+    mean = own.mean(axis=-1, keepdims=True)
+    room = mean - own.min(axis=-1, keepdims=True)
+    above = np.maximum(np.expand_dims(energy, -1) - FLOOR, 0.0)
+    most = np.divide(above, room, out=np.full(room.shape, math.inf), where=room > 0)
+    shares = np.minimum(np.expand_dims(share, -1), most)
+    return np.asarray(np.expand_dims(energy, -1) + shares * (losses - mean))
+
+
+def _lever(losses: Vector, among: NDArray[np.bool_], weights: Vector) -> Vector:
     """D = sum_i (mean(l) - l_i) w_i (1 - w_i): how much L(w) rises from share 0 to 1."""
-    return float((losses[among].mean() - losses) @ (weights * (1 - weights)))
+    mean = losses[..., among].mean(axis=-1, keepdims=True)
+    return np.asarray((mean - losses) @ (weights * (1 - weights)))
 
 
-def _loss(losses: Vector, weights: Vector, energies: Vector) -> float:
-    return float(weights @ losses - (weights * (1 - weights)) @ energies)
+def _loss(losses: Vector, weights: Vector, energies: Vector) -> Vector:
+    return np.asarray(losses @ weights - energies @ (weights * (1 - weights)))

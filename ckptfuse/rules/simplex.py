@@ -23,7 +23,8 @@ def uniform_over(chosen: NDArray[np.bool_]) -> Vector:
 
 
 def normalised(values: Vector) -> Vector:
-    return np.asarray(values / values.sum(), dtype=np.float64)
+    """To a sum of 1, along the last axis."""
+    return np.asarray(values / values.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
 def softmax(losses: Vector, temperature: float) -> Vector:
@@ -33,21 +34,25 @@ def softmax(losses: Vector, temperature: float) -> Vector:
 
 
 def least_on_simplex(linear: Vector, curvature: Vector) -> Vector:
-    """argmin of sum_i (linear_i w_i + curvature_i w_i^2), curvatures [K] above 0.
+    """argmin of sum_i (linear_i w_i + curvature_i w_i^2), of each row [..., K]; curvatures above 0.
 
     w_i = max(0, (m - linear_i) / (2 curvature_i)) with the m that makes them sum to 1, found by
     sorting: with equal curvatures this is the Euclidean projection (Duchi et al., ICML 2008).
     """
-    order = np.argsort(linear, kind="stable")
-    rising = linear[order] - linear.min()  # from 0, so that large values hide no small difference
-    give = 1 / (2 * curvature[order])
-    levels = (1 + np.cumsum(rising * give)) / np.cumsum(give)
-    level = levels[np.nonzero(levels > rising)[0][-1]]
-    weights = np.empty(len(linear))
-    weights[order] = np.maximum(level - rising, 0) * give
+    order = np.argsort(linear, axis=-1, kind="stable")
+    # From 0, so that large values hide no small difference.
+    rising = np.take_along_axis(linear, order, -1) - linear.min(axis=-1, keepdims=True)
+    give = 1 / (2 * np.take_along_axis(curvature, order, -1))
+    levels = (1 + np.cumsum(rising * give, axis=-1)) / np.cumsum(give, axis=-1)
+    above = np.flip(levels > rising, axis=-1)
+    last = linear.shape[-1] - 1 - np.argmax(above, axis=-1, keepdims=True)
+    level = np.take_along_axis(levels, last, -1)
+    weights = np.empty(linear.shape)
+    np.put_along_axis(weights, order, np.maximum(level - rising, 0) * give, -1)
     return normalised(weights)
 
 
 def padded(weights: Vector, count: int) -> Vector:
-    """Weights of the newest checkpoints as weights of ``count``: the older ones have none."""
-    return np.concatenate([np.zeros(count - len(weights)), weights])
+    """Weights [..., n] of the newest checkpoints as weights of ``count``: the older have none."""
+    older = np.zeros((*weights.shape[:-1], count - weights.shape[-1]))
+    return np.concatenate([older, weights], axis=-1)

@@ -1,8 +1,10 @@
 """Records: written once, whole or not at all, and read back as they were."""
 
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.store import FolderStore, open_store
+from tests.forked import run_forked
 from tests.helpers import checkpoint_record
 from tests.servers import S3Server
 
@@ -191,25 +194,34 @@ def test_records_live_in_a_bucket_as_in_a_folder(tmp_path: Path, moto_s3: S3Serv
     assert records.arrays(ScoreRecord, "a")["nll"].tolist() == [1, 1]
 
 
-_WRITE_MANY = """
-import sys, numpy as np
-from tests.unit.test_records import Records, FolderStore, Path, skip
-records = Records(FolderStore(Path(sys.argv[1])))
-for number in range(20):
-    records.put(str(number), skip(), {"x": np.ones(1000)})
-"""
+def write_many() -> None:
+    """A program: three processes that write the same records, all at once."""
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_twenty) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    sys.exit(any(writer.exitcode for writer in writers))
+
+
+def _write_twenty() -> None:
+    records = Records(FolderStore(Path(sys.argv[1])))
+    for number in range(20):
+        records.put(str(number), skip(), {"x": np.ones(1000)})
 
 
 def test_processes_that_write_the_same_records_at_once_do_not_disturb_each_other(
     tmp_path: Path,
 ) -> None:
-    """Fresh processes: a fork of ours would take along the threads of servers' clients."""
-    command = [sys.executable, "-c", _WRITE_MANY, str(tmp_path)]
-    writers = [subprocess.Popen(command) for _ in range(3)]
+    """Not forks of ours: they would take along the threads of servers' clients."""
+    program = ("tests.unit.test_records:write_many", [str(tmp_path)], Path.cwd(), os.environ)
     records = Records(FolderStore(tmp_path))
-    while any(writer.poll() is None for writer in writers):
-        assert all(record == skip() for record in records.all(SkipRecord).values())
-    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    with ThreadPoolExecutor(1) as beside:
+        writing = beside.submit(run_forked, *program)
+        while not writing.done():
+            assert all(record == skip() for record in records.all(SkipRecord).values())
+    assert writing.result().returncode == 0, writing.result().stderr
     assert len(records.all(SkipRecord)) == 20
     assert sorted(path.suffix for path in (tmp_path / "skip").iterdir()) == (
         [".json"] * 20 + [".npz"] * 20

@@ -1,0 +1,107 @@
+"""Programs of the service in processes forked from one that has imported what they import.
+
+Such a process differs from a fresh one in the seconds of imports that it does not spend. What
+reads its environment when it is imported, as Prefect does, needs a fresh one.
+"""
+
+import atexit
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from ckptfuse.processes import end_with_parent
+
+
+class Program(BaseModel):
+    """A function of no arguments, and the process in which it runs."""
+
+    function: str  # module:name
+    arguments: list[str]
+    folder: str
+    environment: dict[str, str]
+    output: str
+    errors: str
+
+
+def run_forked(
+    function: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run``, of ``MODULE:FUNCTION``, which finds ``arguments`` in ``sys.argv``."""
+    with tempfile.TemporaryDirectory(prefix="ckptfuse-forked-") as scratch:
+        output, errors = Path(scratch, "output"), Path(scratch, "errors")
+        program = Program(
+            function=function, arguments=list(arguments), folder=str(folder),
+            environment=dict(environment), output=str(output), errors=str(errors),
+        )  # fmt: skip
+        status = _ask(program)
+        return subprocess.CompletedProcess(
+            [function, *arguments], status, output.read_text(), errors.read_text()
+        )
+
+
+def _ask(program: Program) -> int:
+    server = _server(program)
+    assert server.stdin
+    assert server.stdout
+    server.stdin.write(f"{program.model_dump_json()}\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+_servers: "list[subprocess.Popen[str]]" = []
+
+
+def _server(first: Program) -> "subprocess.Popen[str]":
+    """Started in the environment of the first program: ours may have what tests left there."""
+    if not _servers:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked"],
+            env=first.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(server.kill)
+        _servers.append(server)
+    return _servers[0]
+
+
+def main() -> None:
+    """Fork a program for each line of standard input; answer with its exit status."""
+    _load()
+    for line in sys.stdin:
+        program = Program.model_validate_json(line)
+        child = os.fork()
+        if child == 0:
+            _become(program)
+            return  # and end as any process ends
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _load() -> None:
+    for name in ("flows.cli", "flows.watch", "flows.backfill", "mlflow.transformers"):
+        importlib.import_module(name)
+
+
+def _become(program: Program) -> None:
+    if end_with_parent is not None:
+        end_with_parent()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for target, path in ((1, program.output), (2, program.errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), target)
+    os.chdir(program.folder)
+    os.environ.clear()
+    os.environ.update(program.environment)
+    sys.argv = [program.function, *program.arguments]
+    module, _, name = program.function.partition(":")
+    getattr(importlib.import_module(module), name)()
+
+
+if __name__ == "__main__":
+    main()
