@@ -12,18 +12,22 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 
 LEAF_SIZE = 8 * 1024 * 1024
 #: Names how content hashes are made.
 TREE = f"ckptfuse-tree-1:{LEAF_SIZE}"
 _TREE_PREFIX = f"{TREE}:".encode()
-#: json.dumps would make one for each of the tens of thousands of keys that a look digests.
 _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_SCALARS = {str: encode_basestring_ascii, int: int.__repr__}
 
 
 def canonical_json(value: object) -> bytes:
     """The one JSON text of a value: sorted keys, no spaces, NaN refused."""
+    if isinstance(value, list) and all(type(part) in _SCALARS for part in value):
+        # The same text in a third of the time: a look digests tens of thousands of such keys.
+        return f"[{','.join([_SCALARS[type(part)](part) for part in value])}]".encode()
     return _ENCODER.encode(value).encode()
 
 

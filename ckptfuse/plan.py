@@ -102,11 +102,12 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
         return Actions(quarantine=quarantine, score=score, notes=notes, due=due)
     healthy = [state.checkpoints[c.signature] for c in present if c.signature in state.scored]
     science = params.scientific_digest()
-    waiting = []
-    for window in windows(healthy, params.window):
-        key = window_key(window.newest, science, state.corpus)
-        if not state.is_closed(key):
-            waiting.append(Fuse(key, window))
+
+    def key(newest: CheckpointRecord) -> str:
+        return window_key(newest, science, state.corpus)
+
+    still_open = windows(healthy, params.window, lambda newest: not state.is_closed(key(newest)))
+    waiting = [Fuse(key(window.newest), window) for window in still_open]
     publish = tuple(
         key
         for key, gate in state.gates.items()

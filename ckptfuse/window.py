@@ -13,7 +13,7 @@ so many checkpoints, steps or tokens, and may leave out those that lie closer th
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptfuse.checkpoints import Checkpoint
@@ -74,16 +74,21 @@ def generation_of(
     return newest + 1 if rolled_back else newest
 
 
-def windows(healthy: Sequence[CheckpointRecord], params: WindowParams) -> list[Window]:
-    """Every window of a trajectory, in the order of training.
+def windows(
+    healthy: Sequence[CheckpointRecord],
+    params: WindowParams,
+    wanted: Callable[[CheckpointRecord], bool] = lambda newest: True,
+) -> list[Window]:
+    """Every window of a trajectory whose newest checkpoint is wanted, in the order of training.
 
     Raises ConfigurationError where ``window.span_tokens`` is set and tokens are not known.
     """
     found = []
     for line in lineages(healthy, params.boundaries):
-        members = _members(line, params)
-        if len(members) >= params.minimum:
-            found.append(Window(members))
+        if wanted(line[-1]):
+            members = _members(line, params)
+            if len(members) >= params.minimum:
+                found.append(Window(members))
     return found
 
 

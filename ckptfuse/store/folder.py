@@ -80,9 +80,13 @@ class FolderStore:
 
     def read(self, path: str) -> bytes:
         self._throttle.wait(0)
-        # Not Path.read_bytes: see _file.
-        with self._missing(path), open(self._file(path), "rb", buffering=0) as file:  # noqa: PTH123
-            data = file.read()
+        # Not Path.read_bytes, and our own context only where it is needed: see _file.
+        try:
+            with open(self._file(path), "rb", buffering=0) as file:  # noqa: PTH123
+                data = file.read()
+        except OSError:
+            with self._missing(path):
+                raise
         self._throttle.spent(len(data))
         return data
 
