@@ -1,7 +1,9 @@
 """What is pretrained, and what is studied of it. Lengths are in saves, the distance of checkpoints.
 
-No window or threshold was chosen by its outcome. `calibrated` was changed once after a run: `wsd`
-had shown a fault of it, and `wsd-seed-1` and `wsd-medium` were added to judge the remedy.
+No window or threshold was chosen by its outcome. `calibrated` was changed twice after a run. First
+`wsd` had shown a fault of it, and `wsd-seed-1` and `wsd-medium` were added to judge the remedy (the
+noise share). Then those that were there showed what is left at the end of a decay, and `seed-3`,
+`wsd-seed-3` and `gpt-neox-seed-1` were added to judge the guide.
 """
 
 import math
@@ -91,6 +93,8 @@ RUNS = (
     Run("high-noise", rate=6e-3, blocks=2, every=32),
     Run("cosine", schedule="cosine"),
     Run("gpt-neox", architecture="gpt_neox"),
+    Run("seed-3", branch=40, seed=3),
+    Run("gpt-neox-seed-1", architecture="gpt_neox", seed=1),
 )
 
 TRAJECTORIES = (
@@ -115,6 +119,9 @@ TRAJECTORIES = (
                spoiled={28: "noise", 38: "zeroed", 47: "stale"}),
     Trajectory("gpt-neox", "gpt-neox", "another architecture"),
     Trajectory("mixtral", "mixtral", "a Mixture of Experts, 2 of 4"),
+    Trajectory("seed-3", "seed-3", "the constant run from a third seed", MANY_SIZES, (40, 48)),
+    Trajectory("wsd-seed-3", "seed-3", "seed-3, then a decay to zero", ends=(45, 50), decays=True),
+    Trajectory("gpt-neox-seed-1", "gpt-neox-seed-1", "gpt-neox from another seed"),
 )  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """``calibrated``: perplexity weights whose temperature is measured, and that check themselves.
 
-Two parameters of the loss model are measured in turn::
+Two parameters of the loss model are measured in turn, and where it needed the second, a guide::
 
-    uniform merge measured -> e -> weights -> their merge measured -> s -> better weights, once
-                              |                                       and what neither e nor s
-                              not above noise: the newest half,       explains is said, and the
-                              its half, ...; none: no gain expected   lowest merge taken
+    uniform merge measured -> e -> weights -> their merge measured -> s -> guide measured -> better
+                              |                                                    weights, once
+                              not above noise: the newest half,       what the model does not
+                              its half, ...; none: no gain expected   explain is said
 
-e is the noise energy, s the noise share (energy.py). Derivation, measurements: docs/method.md.
+e is the noise energy, s the noise share (energy.py). The guide has weights by age alone: losses do
+not show that neighbours share more than the others, as they do while the learning rate falls. The
+better weights lie on the way from the model's own to the guide. Of all that was measured the
+lowest is taken. Derivation, measurements: docs/method.md.
 """
 
 from collections.abc import Sequence
@@ -27,10 +30,12 @@ from ckptfuse.rules.observation import (
 )
 from ckptfuse.rules.outliers import healthy
 from ckptfuse.rules.registry import rule
-from ckptfuse.rules.simplex import as_weights, corner, padded, uniform_over
+from ckptfuse.rules.simplex import as_weights, corner, normalised, padded, uniform_over
 
 #: Nats; other weights that cannot win more than this are not worth a merge and its scoring.
 WORTHWHILE = 5e-4
+#: How fast the guide's weights fall with age: by a fifth from one checkpoint to the one before it.
+GUIDE_ALPHA = 0.2
 
 
 @rule("calibrated")
@@ -99,41 +104,57 @@ def _probes(losses: Vector) -> list[_Probe]:
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """Weights [K] that a model of the losses leads to."""
+    """Weights [K], what they should measure, and the weights on each resample [R, K]."""
 
-    model: LossModel
     weights: Vector
     predicted: Prediction
+    drawn: Vector
+
+    @classmethod
+    def of(cls, model: LossModel) -> "_Attempt":
+        weights = model.best_weights()
+        return cls(weights, model.prediction(weights), model.best_weights_resampled())
 
 
-def _attempt(model: LossModel) -> _Attempt:
-    weights = model.best_weights()
-    return _Attempt(model, weights, model.prediction(weights))
+def _guide(probe: _Probe) -> Vector:
+    """An exponential moving average over the probe's members, as the rule ``ema`` has it."""
+    age = np.arange(len(probe.weights), dtype=np.float64)[::-1]
+    return normalised(np.where(probe.members, np.power(1 - GUIDE_ALPHA, age), 0.0))
 
 
-def _checked(seen: Observation, probe: _Probe, energy: Energy, tried: list[str]) -> Weights:
+def _checked(
+    seen: Observation, probe: _Probe, energy: Energy, tried: list[str]
+) -> Evaluate | Weights:
     """The weights, as far as they can be checked by what has been measured."""
     remarks = _remarks_on_window(seen, probe, tried)
     model = LossModel(seen, probe.members, energy, probe.length)
-    attempts = [_attempt(model)]
+    attempts = [_Attempt.of(model)]
     merge = seen.measured(attempts[0].weights)
     if merge is None:
         return _answer(seen, probe, model, attempts, attempts[0].weights, remarks)
+    candidates = [attempts[0].weights]
     model = model.explaining(attempts[0].weights, merge)
-    corrected = _attempt(model)
-    if model.loss(attempts[0].weights) - corrected.predicted.loss >= WORTHWHILE:
-        attempts.append(corrected)
-        merge = seen.measured(corrected.weights)
-        if merge is None:
-            return _answer(seen, probe, model, attempts, corrected.weights, remarks)
-    last = attempts[-1]
-    candidates = [attempt.weights for attempt in attempts]
-    if not _agree(last.predicted, merge, model.loss(last.weights)):
+    explained = model.loss(attempts[0].weights)
+    if model.share:
+        guide = _guide(probe)
+        found = seen.measured(guide)
+        if found is None:
+            return Evaluate((as_weights(guide),))
+        candidates.append(guide)
+        corrected = _Attempt(*model.towards(guide, found))
+        if min(merge.loss, found.loss) - corrected.predicted.loss >= WORTHWHILE:
+            attempts.append(corrected)
+            merge = seen.measured(corrected.weights)
+            if merge is None:
+                return _answer(seen, probe, model, attempts, corrected.weights, remarks)
+            candidates.append(corrected.weights)
+            explained = corrected.predicted.loss
+    last = attempts[-1].predicted
+    if not _agree(last, merge, explained):
         candidates.append(probe.weights)
         remarks.append(
-            f"the loss model does not hold here: a merge of predicted loss "
-            f"{last.predicted.loss:.4f} measured {merge.loss:.4f}; the weights are those of the "
-            "lowest merge measured"
+            f"the loss model does not hold here: a merge of predicted loss {last.loss:.4f} "
+            f"measured {merge.loss:.4f}; the weights are those of the lowest merge measured"
         )
     return _answer(seen, probe, model, attempts, _lowest(seen, candidates), remarks)
 
@@ -163,7 +184,9 @@ def _answer(
     weights: Vector,
     remarks: list[str],
 ) -> Weights:
-    expected = model.loss(weights)
+    last = attempts[-1]
+    is_last = np.array_equal(last.weights, weights)
+    expected = last.predicted.loss if is_last else model.loss(weights)
     advantage = model.loss(np.full(len(seen), 1 / len(seen))) - expected
     regret = _regret(seen.resampled[:, probe.members], model.energy)
     notes = _notes(seen, probe.weights) | {
@@ -181,7 +204,7 @@ def _answer(
         notes["noise_share"] = model.share.value
     return Weights(
         as_weights(weights),
-        errors=_errors(attempts[-1]),
+        errors=_errors(last.drawn),
         predicted={as_weights(a.weights): a.predicted for a in attempts},
         notes=notes,
         remarks=tuple(remarks),
@@ -205,9 +228,8 @@ def _notes(seen: Observation, probe: Vector) -> dict[str, float]:
     return notes
 
 
-def _errors(attempt: _Attempt) -> tuple[float, ...] | None:
+def _errors(drawn: Vector) -> tuple[float, ...] | None:
     """Standard errors of the weights: the same rule on each resample of the text."""
-    drawn = attempt.model.best_weights_resampled()
     return as_weights(np.std(drawn, axis=0, ddof=1)) if len(drawn) > 1 else None
 
 

@@ -32,7 +32,7 @@ from ckptfuse.rules.observation import (
     deviation,
     stacked,
 )
-from ckptfuse.rules.simplex import least_on_simplex, padded
+from ckptfuse.rules.simplex import least_on_simplex, normalised, padded
 
 #: Nats; what averaging could win below it is nothing to anybody.
 FLOOR = 1e-4
@@ -131,6 +131,31 @@ class LossModel:
         share = Share(float(np.clip(missed / lever, 0, 1)), np.clip(shares, 0, 1), weights)
         return replace(self, share=share)
 
+    def towards(self, guide: Vector, merge: Measurement) -> tuple[Vector, Prediction, Vector]:
+        """The best weights on the way from the model's to those of a measured merge.
+
+        On the way w + t (g - w) the loss is a parabola of curvature q = sum_i e_i (g_i - w_i)^2,
+        which begins at the model's L(w) and ends at what the merge measured, L(g)::
+
+            L(t)  =  (1 - t) L(w) + t L(g) - t (1 - t) q,        t  =  1/2 + (L(w) - L(g)) / 2q
+
+        with t in [0, 1]. Where the merge measured what the model expects of it, t is 0. Answers
+        with the weights [K], what they should measure, and the weights on each resample [R, K].
+        """
+        own = self.best_weights()
+        way = _Way(self.seen.losses, self._energies(), own, guide)
+        step = way.best(merge.loss)
+        losses, energies = self._resampled()
+        found = merge.resampled if len(merge.resampled) == len(losses) else np.empty(0)
+        losses, energies = losses[: len(found)], energies[: len(found)]
+        expected = Prediction(
+            float(way.loss(step, merge.loss)),
+            _Way(losses, energies, own, guide).loss(step, found),
+            float(1 - step) * self._model_error(own),
+        )
+        drawn = _Way(losses, energies, self._minimiser(losses, energies), guide)
+        return way.weights(step), expected, drawn.weights(drawn.best(found))
+
     def _minimiser(self, losses: Vector, energies: Vector) -> Vector:
         curvature = np.maximum(energies, FLOOR)
         count = losses.shape[-1]
@@ -172,6 +197,34 @@ class LossModel:
 # Below, losses are [K], or [R, K] with an energy, a share and an answer for each row.
 
 
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """From weights to others, in the model of these losses; see ``LossModel.towards``."""
+
+    losses: Vector
+    energies: Vector
+    start: Vector
+    end: Vector
+
+    def best(self, found: float | Vector) -> Vector:
+        """How far to go, 0 to 1, where ``found`` is the loss at the end."""
+        start, bend = _loss(self.losses, self.start, self.energies), self._curvature()
+        rise = np.divide(start - found, 2 * bend, out=np.full(bend.shape, -1.0), where=bend > 0)
+        return np.asarray(np.clip(0.5 + rise, 0, 1))
+
+    def loss(self, step: Vector, found: float | Vector) -> Vector:
+        start = _loss(self.losses, self.start, self.energies)
+        return np.asarray((1 - step) * start + step * found - step * (1 - step) * self._curvature())
+
+    def weights(self, step: Vector) -> Vector:
+        return normalised(self.start + step[..., None] * (self.end - self.start))
+
+    def _curvature(self) -> Vector:
+        return np.asarray(
+            np.sum(np.maximum(self.energies, FLOOR) * (self.end - self.start) ** 2, axis=-1)
+        )
+
+
 def _energies(
     losses: Vector, among: NDArray[np.bool_], energy: float | Vector, share: float | Vector
 ) -> Vector:
@@ -192,4 +245,4 @@ def _lever(losses: Vector, among: NDArray[np.bool_], weights: Vector) -> Vector:
 
 
 def _loss(losses: Vector, weights: Vector, energies: Vector) -> Vector:
-    return np.asarray(losses @ weights - energies @ (weights * (1 - weights)))
+    return np.asarray(np.sum(losses * weights - energies * weights * (1 - weights), axis=-1))

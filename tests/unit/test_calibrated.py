@@ -12,7 +12,7 @@ from ckptfuse.deciding import Decision, decide
 from ckptfuse.losses import Losses
 from ckptfuse.resampling import measure
 from ckptfuse.rules import Evaluate, Measurement, Observation, Weights, get_rule
-from ckptfuse.rules.energy import LossModel, energy_of
+from ckptfuse.rules.energy import Energy, LossModel, energy_of
 
 RULE = get_rule("calibrated")
 Measure = Callable[[np.ndarray], Measurement]
@@ -229,10 +229,11 @@ def test_merges_measure_within_two_standard_errors_of_their_prediction(drift: fl
     assert np.sqrt(np.mean(np.square(misses))) > 0.3, "errors so wide that they say nothing"
 
 
-def test_a_healthy_window_is_settled_with_one_probe_and_its_own_merge() -> None:
+def test_a_healthy_window_is_settled_with_one_probe_its_own_merge_and_a_guide_at_most() -> None:
     world = World(1, drift=1.0, documents=200)
     decision = settled(world.seen, world.measured, review=True)
-    assert len(decision.seen.merges) == 2
+    assert len(decision.seen.merges) <= 3
+    assert len(decision.answer.predicted) == 1, "nothing was corrected"
     assert decision.is_final
     assert decision.answer.remarks == ()
     own = decision.seen.measured(decision.answer.weights)
@@ -273,20 +274,61 @@ def test_a_damaged_checkpoint_does_not_widen_what_counts_as_agreement() -> None:
 DECAY = np.geomspace(0.4, 0.05, 8)
 
 
-def test_where_the_noise_decays_the_weights_become_those_of_least_variance() -> None:
-    """Without drift a merge's loss is sum w_i^2 e_i: least where w_i is proportional to 1 / e_i."""
-    losses = 2 + DECAY
+def test_where_the_noise_differs_the_weights_become_those_of_least_variance() -> None:
+    """Without drift a merge's loss is sum w_i^2 e_i: least where w_i is proportional to 1 / e_i.
+
+    The newest are the noisiest: weights by age are no help, and are measured as the model says.
+    """
+    energies = DECAY[::-1]
 
     def measured(w: np.ndarray) -> Measurement:
-        return noisy(2 + float(w**2 @ DECAY), 95)
+        return noisy(2 + float(w**2 @ energies), 95)
 
-    decision = settled(window(losses.tolist()), measured, review=True)
-    answer, (probe, first, second) = decision.answer, decision.seen.merges
+    decision = settled(window((2 + energies).tolist()), measured, review=True)
+    answer, (probe, first, guide, second) = decision.answer, decision.seen.merges
     assert answer.notes["noise_share"] == pytest.approx(1)
-    assert answer.weights == pytest.approx(1 / DECAY / (1 / DECAY).sum())
-    assert second.loss < min(probe.loss, first.loss)
+    assert answer.weights == pytest.approx(1 / energies / (1 / energies).sum())
+    assert second.loss < min(probe.loss, first.loss, guide.loss)
     assert answer.predicted[second.weights].loss == pytest.approx(second.loss)
     assert answer.remarks == ()
+
+
+def test_what_weights_by_age_show_is_used_as_far_as_it_goes() -> None:
+    """Neighbours share their noise, the more the less there is of it, as at the end of a decay.
+
+    L(w) = 2 + w C w with c_ij = sqrt(e_i e_j) 0.8^|i-j|: losses, 2 + e_i, do not show the power.
+    """
+    energies = np.geomspace(0.4, 0.02, 16)
+    apart = np.abs(np.subtract.outer(np.arange(16), np.arange(16)))
+    shared = np.sqrt(np.outer(energies, energies)) * np.power(0.8, apart)
+
+    def measured(w: np.ndarray) -> Measurement:
+        return noisy(2 + float(w @ shared @ w), 95)
+
+    decision = settled(window((2 + energies).tolist()), measured, review=True)
+    _, first, guide = decision.seen.merges[:3]
+    assert guide.weights == pytest.approx(get_rule("ema")(decision.seen).weights)
+    found = decision.seen.measured(decision.answer.weights)
+    assert found is not None
+    assert found.loss < first.loss - 0.001
+
+
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_the_way_to_a_guide_has_its_least_where_a_search_finds_it(random: object) -> None:
+    draw = np.random.default_rng(random.randrange(2**32))  # type: ignore[attr-defined]
+    losses, guide = draw.uniform(2, 2.2, 6), draw.dirichlet(np.ones(6))
+    energy = Energy(float(draw.uniform(0.05, 0.5)), np.empty(0))
+    model = LossModel(Observation.of(losses.tolist()), np.full(6, True), energy, 6)
+    found = model.loss(guide) + float(draw.normal(0, 0.05))
+    weights, expected, _ = model.towards(guide, Measurement(found))
+    own = model.best_weights()
+    bend = float(energy.value * ((guide - own) ** 2).sum())
+    steps = np.linspace(0, 1, 2001)
+    way = (1 - steps) * model.loss(own) + steps * found - steps * (1 - steps) * bend
+    assert expected.loss == pytest.approx(way.min(), abs=1e-6)
+    nearest = own + steps[way.argmin()] * (guide - own)
+    assert weights == pytest.approx(nearest, abs=2e-3)
 
 
 def test_where_the_loss_falls_and_the_noise_stays_nothing_is_corrected() -> None:
