@@ -19,6 +19,7 @@ from ckptfuse.params import Params
 from ckptfuse.plan import Fuse, Quarantine, Skip
 from ckptfuse.reading import load
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord, SkipRecord
+from ckptfuse.rules import Observation, get_rule
 from ckptfuse.service import Service, losses_of, open_service, plans_of
 from ckptfuse.steps.judge import judge_fusion
 from ckptfuse.steps.look import discover, load_state, next_actions, quarantine, skip
@@ -325,8 +326,11 @@ def test_the_check_of_calibrated_is_recorded_with_what_it_had_expected(service: 
     weights = np.array([m.weight for m in first.members])
     expected = weights @ [2.0, 1.9, 2.1] - 0.3 * (1 - weights @ weights)
     record_merge(service, item, weights.tolist(), expected + 0.001)
+    guide = np.asarray(get_rule("ema")(Observation.of([2.0, 1.9, 2.1])).weights)
+    as_expected = guide @ [2.0, 1.9, 2.1] - 0.3 * (1 - guide @ guide)
+    record_merge(service, item, guide.tolist(), as_expected)
     reviewed = review_weights(service, item, first)
-    merge = reviewed.merges[-1]
+    (merge,) = (m for m in reviewed.merges if m.weights == weights.tolist())
     assert merge.predicted == pytest.approx(expected)
     assert merge.loss - expected == pytest.approx(0.001)
     assert merge.standard_error is not None
