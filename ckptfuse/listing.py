@@ -11,6 +11,7 @@ only those are listed that are new or recent (`look_again`).
 import heapq
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
@@ -20,6 +21,8 @@ from ckptfuse.names import parse_name
 from ckptfuse.records import CheckpointRecord, QuarantineRecord
 from ckptfuse.store import Entry, FolderStore, Store
 
+#: Folders that are listed at once: a store answers for several in the time that it takes for one.
+LIST_THREADS = 8
 #: Files that a trainer writes last: the Hugging Face Trainer, and every distributed checkpoint.
 WRITTEN_LAST = frozenset(["trainer_state.json", METADATA])
 #: A checkpoint as its files were listed now, or as a record remembers it; and one that may be used.
@@ -95,12 +98,13 @@ def look_again(
     newest = heapq.nlargest(recent, known, key=lambda name: (known[name].step, name))
     for name in newest:
         del known[name]
-    entries = [
-        entry
+    folders = [
+        f"{name}/"
         for name in names
         if name not in known and parse_name(name, conventions.pattern) is not None
-        for entry in bucket.list(f"{name}/")
     ]
+    with ThreadPoolExecutor(LIST_THREADS) as pool:
+        entries = [entry for listed in pool.map(bucket.list, folders) for entry in listed]
     return _sort_out(bucket, conventions, _folders(entries), known.values())
 
 

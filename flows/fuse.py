@@ -16,7 +16,7 @@ from ckptfuse.records import (
 )
 from ckptfuse.service import Service
 from ckptfuse.steps import merge
-from ckptfuse.steps.look import discover, load_state
+from ckptfuse.steps.look import discover
 from ckptfuse.steps.weigh import plan_key
 from ckptfuse.window import Window, window_key, windows
 from flows.opening import open_flow
@@ -134,8 +134,7 @@ def fuse_step(params_file: str, step: int | None = None) -> GateRecord:
 
 
 def _find_window(service: Service, step: int | None) -> Fuse:
-    state = load_state(service)
-    listing = discover(service)
+    listing, state = discover(service)
     healthy = [
         state.checkpoints[checkpoint.signature]
         for checkpoint in listing.complete

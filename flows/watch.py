@@ -13,7 +13,7 @@ from prefect.utilities.annotations import quote
 
 from ckptfuse.errors import PublicationError
 from ckptfuse.listing import Listed, Listing
-from ckptfuse.plan import Actions
+from ckptfuse.plan import Actions, State
 from ckptfuse.records import GateRecord
 from ckptfuse.service import Service, plans_of
 from ckptfuse.steps.look import load_state, look_file
@@ -70,13 +70,13 @@ def _look(
 ) -> Summary:
     look_file(service).begin()
     survey_corpus(service)
-    listing = discover(service).between(first, last)
+    listed, state = discover(service)
+    listing = listed.between(first, last)
     summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
     try:
-        # Unquoted, Prefect would look into every checkpoint of the listing for results to wait for.
-        quoted = cast(Listing, quote(listing))
-        while actions := plan_actions(service, quoted, summary.held, live):
+        while actions := _plan(service, listing, state, live):
             _act(service, params_file, listing, actions, summary)
+            state = load_state(service, summary.held)
         for note in actions.notes:
             log.info(note)
     except PublicationError as error:
@@ -93,6 +93,12 @@ def _look(
         show_fusions(service)
         name_run(_outcome(summary, listing))
     return summary
+
+
+def _plan(service: Service, listing: Listing, state: State, live: bool) -> Actions:
+    # Unquoted, Prefect would look into each of thousands of checkpoints for results to wait for.
+    quoted = cast(tuple[Listing, State], (quote(listing), quote(state)))
+    return plan_actions(service, *quoted, live)
 
 
 def _outcome(summary: Summary, listing: Listing) -> str:

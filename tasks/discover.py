@@ -5,7 +5,7 @@ from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.corpus.survey import near_duplicates_of
 from ckptfuse.listing import Listing
-from ckptfuse.plan import Actions, Quarantine, Skip
+from ckptfuse.plan import Actions, Quarantine, Skip, State
 from ckptfuse.service import Service
 from ckptfuse.steps import look, survey
 from tasks import news
@@ -14,8 +14,8 @@ from tasks.retries import transient
 
 
 @task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=transient)
-def discover(service: Service) -> Listing:
-    """List the bucket."""
+def discover(service: Service) -> tuple[Listing, State]:
+    """List the bucket and read the records."""
     return look.discover(service)
 
 
@@ -29,9 +29,9 @@ def survey_corpus(service: Service) -> None:
 
 
 @task(cache_policy=NO_CACHE)
-def plan_actions(service: Service, listing: Listing, held: frozenset[str], live: bool) -> Actions:
+def plan_actions(service: Service, listing: Listing, state: State, live: bool) -> Actions:
     """Compare the listing with the records."""
-    return look.next_actions(service, listing, held, live=live)
+    return look.next_actions(service, listing, state, live=live)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="quarantine {item.checkpoint.name}")

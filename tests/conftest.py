@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,42 +28,61 @@ DOMAINS = ("python", "prose", "c")
 TOKENS_PER_STEP = 2048
 
 
-_SERVER_PORT = pytest.StashKey[int]()
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Settings that must stand before Prefect is imported, for us and for what we start.
 
     Prefect reads them once: so the server's address is chosen here, and the server started later
-    by the first test that needs it.
+    by the first test that needs it. Test processes of pytest-xdist have them from the first one.
     """
+    if "CKPTFUSE_TESTS" in os.environ:
+        return
     home = Path(tempfile.mkdtemp(prefix="ckptfuse-tests-"))
-    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
-    config.stash[_SERVER_PORT] = free_port()
-    os.environ["PREFECT_HOME"] = str(home)
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{config.stash[_SERVER_PORT]}/api"
+    config.add_cleanup(lambda: _clean_up(home))
+    os.environ["CKPTFUSE_TESTS"] = os.environ["PREFECT_HOME"] = str(home)
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{free_port()}/api"
     os.environ["PATH"] = f"{BINARIES}{os.pathsep}{os.environ['PATH']}"
     os.environ["OMP_NUM_THREADS"] = "1"
     prepare(home)
 
 
+def _clean_up(home: Path) -> None:
+    server = home / "prefect-server" / "pid"
+    if server.exists():
+        with suppress(ProcessLookupError):
+            os.kill(int(server.read_text()), signal.SIGTERM)
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def shared(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of the test processes makes and all of them use."""
+    folder = Path(os.environ["CKPTFUSE_TESTS"], name)
+    made = folder.with_name(f"{name}.made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            folder.mkdir()
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
-def prefect_server(pytestconfig: pytest.Config) -> Iterator[str]:
-    """A real Prefect server for the session; every process under us finds it."""
-    port = pytestconfig.stash[_SERVER_PORT]
+def prefect_server() -> str:
+    """A real Prefect server for all test processes; every process under us finds it."""
+    shared("prefect-server", _start_prefect_server)
+    return os.environ["PREFECT_API_URL"]
+
+
+def _start_prefect_server(folder: Path) -> None:
+    url = os.environ["PREFECT_API_URL"]
+    port = url.removesuffix("/api").rpartition(":")[2]
     server = subprocess.Popen(
-        [BINARIES / "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        [BINARIES / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port],
         env={**os.environ, "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    url = os.environ["PREFECT_API_URL"]
-    try:
-        _wait_for(f"{url}/health", server)
-        yield url
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    (folder / "pid").write_text(str(server.pid))
+    _wait_for(f"{url}/health", server)
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
@@ -86,25 +107,10 @@ class Trajectory:
         return sorted(int(path.name.partition("-")[2]) for path in self.bucket.iterdir())
 
 
-def shared(
-    tmp_path_factory: pytest.TempPathFactory, worker: str, name: str, make: Callable[[Path], None]
-) -> Path:
-    """A folder that the first of the test processes makes and all of them use."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker == "master" else base.parent) / name
-    made = folder.with_name(f"{name}.made")
-    with FileLock(f"{folder}.lock"):
-        if not made.exists():
-            folder.mkdir()
-            make(folder)
-            made.touch()
-    return folder
-
-
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+def texts() -> Path:
     """A folder with this machine's text: train.jsonl, tokenizer/ and a file per domain."""
-    return shared(tmp_path_factory, worker_id, "texts", _lay_texts)
+    return shared("texts", _lay_texts)
 
 
 def _lay_texts(folder: Path) -> None:
@@ -141,9 +147,7 @@ class Trajectories:
 
 
 @pytest.fixture(scope="session")
-def trajectories(
-    texts: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> Trajectories:
+def trajectories(texts: Path) -> Trajectories:
     runs: dict[str, list[str]] = {"constant": [], "decayed": ["--decay-from", "480"]}
 
     def train(folder: Path) -> None:
@@ -153,7 +157,7 @@ def trajectories(
             if int(early.name.partition("-")[2]) < 420:
                 shutil.rmtree(early)
 
-    folder = shared(tmp_path_factory, worker_id, "trajectories", train)
+    folder = shared("trajectories", train)
     corpus = {name: texts / f"{name}.jsonl" for name in DOMAINS}
     return Trajectories(**{name: Trajectory(folder / name, corpus) for name in runs})
 
@@ -261,8 +265,17 @@ def make_project(folder: Path, trajectory: Trajectory, **overrides: object) -> P
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bucket").mkdir(exist_ok=True)
+    (folder / "workspace").mkdir(exist_ok=True)
+    shutil.copy(shared("mlflow", _lay_mlflow) / "mlflow.db", folder / "workspace")
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     return Project(folder, trajectory)
+
+
+def _lay_mlflow(folder: Path) -> None:
+    """What MLflow makes of an absent file, in seconds: all its migrations, one after another."""
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
 
 
 @pytest.fixture
@@ -271,12 +284,7 @@ def project(tmp_path: Path, trajectory: Trajectory) -> Project:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    prefect_server: str,
-    trajectory: Trajectory,
-    tmp_path_factory: pytest.TempPathFactory,
-    worker_id: str,
-) -> Project:
+def finished(prefect_server: str, trajectory: Trajectory) -> Project:
     """Four checkpoints landed and were fused, then two more. For tests that only look."""
 
     def run(folder: Path) -> None:
@@ -291,4 +299,4 @@ def finished(
         second = watch(project.params_file)
         assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
 
-    return Project(shared(tmp_path_factory, worker_id, "finished", run), trajectory)
+    return Project(shared("finished", run), trajectory)

@@ -1,12 +1,14 @@
 """Programs of the service in processes forked from one that has imported what they import.
 
 Such a process differs from a fresh one in the seconds of imports that it does not spend. What
-reads its environment when it is imported, as Prefect does, needs a fresh one.
+reads its environment when it is imported, as Prefect does, needs a fresh one. The fork server of
+its scoring jobs is a fork of the same, for it has loaded all that those need and run none of it.
 """
 
 import atexit
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from ckptfuse import job_forkserver, jobs
+from ckptfuse.modeling import load_transformers
 from ckptfuse.processes import end_with_parent
 
 
@@ -87,11 +91,52 @@ def main() -> None:
 def _load() -> None:
     for name in ("flows.cli", "flows.watch", "flows.backfill", "mlflow.transformers"):
         importlib.import_module(name)
+    load_transformers()
+
+
+class _Fork:
+    """A fork of this process that runs job_forkserver.py, where jobs.py has a Popen of it."""
+
+    def __init__(self, errors: int) -> None:
+        requests, asking = os.pipe()
+        answering, answers = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            for target, source in enumerate((requests, answers, errors)):
+                os.dup2(source, target)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+            job_forkserver.main()
+            os._exit(0)
+        os.close(requests)
+        os.close(answers)
+        self.stdin, self.stdout = os.fdopen(asking, "w"), os.fdopen(answering)
+        self.returncode: int | None = None
+
+    def poll(self, options: int = os.WNOHANG) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, options)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self) -> int | None:
+        return self.poll(0)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class _JobServer(jobs._ForkServer):
+    def __init__(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = _Fork(self._errors.fileno())  # type: ignore[assignment]
 
 
 def _become(program: Program) -> None:
     if end_with_parent is not None:
         end_with_parent()
+    jobs._idle.append(_JobServer())  # now, since a process with threads should not be forked
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for target, path in ((1, program.output), (2, program.errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), target)

@@ -69,11 +69,12 @@ def test_prefect_shows_what_a_look_found_and_did(troubled: Project) -> None:
     """Its name tells of it in a list of hundreds; the table of fusions is an artifact."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
 
     with get_client(sync_client=True) as client:
         runs = [
             run
-            for run in client.read_flow_runs()
+            for run in client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC)
             if run.parameters.get("params_file") == troubled.params_file
         ]
         look = next(run for run in runs if run.name.startswith("watch"))
@@ -123,7 +124,7 @@ def test_a_trainer_that_cleans_up_causes_no_work(troubled: Project, tmp_path: Pa
     (troubled.bucket / "checkpoint-480" / "optimizer.pt").unlink()
     shutil.rmtree(troubled.bucket / "checkpoint-420")
     try:
-        assert not next_actions(service, discover(service), frozenset(), live=True)
+        assert not next_actions(service, *discover(service), live=True)
     finally:
         shutil.rmtree(troubled.bucket)
         shutil.copytree(bucket, troubled.bucket, copy_function=shutil.copy2)

@@ -18,21 +18,20 @@ from ckptfuse.service import Service
 from ckptfuse.store import open_store
 
 
-def discover(service: Service) -> Listing:
-    """List the bucket; headers are read only of checkpoints that no record remembers.
+def discover(service: Service) -> tuple[Listing, State]:
+    """List the bucket, and read the records meanwhile.
 
-    Of a bucket with very many, most looks list few (remembered.py).
+    Headers are read only of checkpoints that no record remembers. Of a bucket with very many, most
+    looks list few (remembered.py).
     """
     watch = service.params.watch
     bucket = open_store(checkpoints.check_bucket_uri(service.params.bucket))
     file = service.workspace.folder("cache") / "listing.json"
     last = remembered.load(file)
-    with ThreadPoolExecutor(1) as ahead:  # the bucket answers while the records are read
+    with ThreadPoolExecutor(1) as ahead:
         names = ahead.submit(bucket.folders) if last.is_usable else None
-        known: dict[str, Listed] = {
-            **service.records.all(CheckpointRecord),
-            **service.records.all(QuarantineRecord),
-        }
+        state = load_state(service)
+    known: dict[str, Listed] = {**state.checkpoints, **state.quarantined}
     conventions = Conventions(watch.pattern, watch.marker, watch.settle_seconds, known)
     if names is None:
         found, at = find(bucket, conventions), time.time()
@@ -44,7 +43,7 @@ def discover(service: Service) -> Listing:
     now = remembered.remember(found, at)
     if now != last:
         now.save(file)
-    return found
+    return found, state
 
 
 def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
@@ -68,11 +67,8 @@ def look_file(service: Service) -> LookFile:
     return LookFile(service.workspace.folder("cache"))
 
 
-def next_actions(
-    service: Service, listing: Listing, held: frozenset[str], *, live: bool
-) -> Actions:
+def next_actions(service: Service, listing: Listing, state: State, *, live: bool) -> Actions:
     """Decide, and tell monitoring what waits."""
-    state = load_state(service, held)
     actions = plan(listing, state, service.params, live=live)
     numerics = service.scorer.numerics
     look_file(service).found(listing, actions.due, corpus=state.corpus, numerics=numerics)

@@ -98,9 +98,9 @@ def _check_folder(service: Service) -> None:
 
 def scored_checkpoints(service: Service, say: Say) -> list[CheckpointRecord]:
     """The healthy checkpoints of the bucket, scored now if need be, in the order of training."""
-    listing, held = discover(service), frozenset[str]()
+    (listing, state), held = discover(service), frozenset[str]()
     while True:
-        actions = next_actions(service, listing, held, live=False)
+        actions = next_actions(service, listing, state, live=False)
         for item in actions.quarantine:
             quarantine(service, item)
             say(f"{item.checkpoint.name} is left out: {item.reason}")
@@ -112,7 +112,7 @@ def scored_checkpoints(service: Service, say: Say) -> list[CheckpointRecord]:
                 say(f"{missed.checkpoint.name} is left out: {missed.reason}")
         if not (actions.quarantine or actions.score):
             break
-    state = load_state(service)
+        state = load_state(service, held)
     present = [c.signature for c in listing.complete if c.signature not in state.quarantined]
     return in_order(state.checkpoints[s] for s in present if s in state.scored)
 

@@ -168,8 +168,7 @@ def _check_alive(
 
 
 def _is_idle(service: Service) -> bool:
-    actions = next_actions(service, discover(service), frozenset(), live=True)
-    return not actions
+    return not next_actions(service, *discover(service), live=True)
 
 
 # -- after -------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ckptfuse import remembered
+from ckptfuse.listing import Listing
 from ckptfuse.records import CheckpointRecord
 from ckptfuse.service import Service
 from ckptfuse.steps.look import discover
@@ -31,6 +32,10 @@ def remember(service: Service, found: object) -> None:
     service.records.put(record.signature, record)
 
 
+def listing_of(service: Service) -> Listing:
+    return discover(service)[0]
+
+
 @pytest.fixture
 def listed(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is listed of the bucket from now on."""
@@ -49,11 +54,11 @@ def listed(service: Service, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_after_one_look_at_all_only_new_and_recent_ones_are_listed(
     service: Service, listed: list[str]
 ) -> None:
-    first = discover(service)
+    first = listing_of(service)
     assert listed == [""]
     listed.clear()
-    again = discover(service)
-    assert listed == ["step5/", "step6/"]
+    again = listing_of(service)
+    assert sorted(listed) == ["step5/", "step6/"]
     assert [c.signature for c in again.complete] == [c.signature for c in first.complete]
     assert [isinstance(c, CheckpointRecord) for c in again.complete] == [True] * 4 + [False] * 2
 
@@ -62,8 +67,8 @@ def test_after_one_look_at_all_only_new_and_recent_ones_are_listed(
     write_checkpoint(bucket / "step7", {"w": torch.ones(2)})
     (bucket / "step8").mkdir()  # nothing in it yet
     (bucket / "logs").mkdir()
-    found = discover(service)
-    assert listed == ["step5/", "step6/", "step7/", "step8/"]
+    found = listing_of(service)
+    assert sorted(listed) == ["step5/", "step6/", "step7/", "step8/"]
     assert [c.name for c in found.complete] == [f"step{n}" for n in range(1, 8)]
     assert list(found.architectures) == [found.complete[-1].signature]
 
@@ -72,24 +77,24 @@ def test_a_checkpoint_that_was_deleted_is_gone_and_one_written_over_is_seen_with
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = Path(str(service.params.bucket))
-    before = discover(service).complete
+    before = listing_of(service).complete
     for path in (bucket / "step1").iterdir():
         path.unlink()
     (bucket / "step1").rmdir()
     write_checkpoint(bucket / "step2", {"w": torch.zeros(3)})
-    found = discover(service).complete
+    found = listing_of(service).complete
     assert [c.step for c in found] == [2, 3, 4, 5, 6]
     assert found[0].signature == before[1].signature
 
     monkeypatch.setattr(remembered, "HOUR", 0.0)
-    assert discover(service).complete[0].signature != before[1].signature
+    assert listing_of(service).complete[0].signature != before[1].signature
 
 
 def test_a_recent_one_that_is_written_over_is_seen_at_once(service: Service) -> None:
     bucket = Path(str(service.params.bucket))
-    before = discover(service).complete
+    before = listing_of(service).complete
     write_checkpoint(bucket / "step6", {"w": torch.zeros(3)})
-    after = discover(service).complete
+    after = listing_of(service).complete
     assert after[-1].signature != before[-1].signature
     assert [c.signature for c in after[:-1]] == [c.signature for c in before[:-1]]
 
@@ -97,11 +102,11 @@ def test_a_recent_one_that_is_written_over_is_seen_at_once(service: Service) -> 
 def test_what_is_remembered_of_checkpoints_without_a_record_is_not_relied_on(
     service: Service, listed: list[str]
 ) -> None:
-    discover(service)
+    listing_of(service)
     folder = service.workspace.root / "records" / "checkpoint"
     min(folder.iterdir()).unlink()
     listed.clear()
-    assert len(discover(service).complete) == 6
+    assert len(listing_of(service).complete) == 6
     assert len(listed) == 3
 
 
@@ -109,8 +114,8 @@ def test_what_is_remembered_of_checkpoints_without_a_record_is_not_relied_on(
 def test_a_memory_that_was_cut_off_costs_one_listing_of_all(
     service: Service, listed: list[str], text: str
 ) -> None:
-    discover(service)
+    listing_of(service)
     (service.workspace.folder("cache") / "listing.json").write_text(text)
     listed.clear()
-    assert len(discover(service).complete) == 6
+    assert len(listing_of(service).complete) == 6
     assert listed == [""]

@@ -180,22 +180,22 @@ def test_a_member_that_was_written_again_is_not_merged_under_its_old_name(
 
 
 def test_a_first_look_finds_the_checkpoints_and_wants_them_scored(service: Service) -> None:
-    listing = discover(service)
-    actions = next_actions(service, listing, frozenset(), live=True)
+    listing, state = discover(service)
+    actions = next_actions(service, listing, state, live=True)
     assert [checkpoint.step for checkpoint in actions.score] == [100, 200, 300]
     held = frozenset({listing.complete[0].signature})
-    rest = next_actions(service, listing, held, live=True)
+    rest = next_actions(service, listing, load_state(service, held), live=True)
     assert [checkpoint.step for checkpoint in rest.score] == [200, 300]
 
 
 def test_quarantine_and_skip_are_records_that_the_next_look_heeds(service: Service) -> None:
-    listing = discover(service)
+    listing, _ = discover(service)
     quarantine(service, Quarantine(listing.complete[2], None, "NaN"))
     skip(service, Skip("window", 300, "superseded"))
     state = load_state(service)
     assert state.quarantined[listing.complete[2].signature].reason == "NaN"
     assert state.is_closed("window")
-    actions = next_actions(service, listing, frozenset(), live=True)
+    actions = next_actions(service, listing, state, live=True)
     assert [checkpoint.step for checkpoint in actions.score] == [100, 200]
 
 
