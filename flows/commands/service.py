@@ -21,6 +21,7 @@ ParamsOption = Annotated[
     Path | None, typer.Option("--params", help="params.yaml to read  [default: ./params.yaml]")
 ]
 DECLINED = 3
+PATIENCE = 30.0  # seconds; a server on a busy machine is slow to answer
 
 
 def load(params: Path | None) -> tuple["Params", str]:
@@ -96,7 +97,7 @@ def check_prefect(url: str | None) -> None:
     if url is None:
         return
     try:
-        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10).close()  # noqa: S310 - the team's own
+        urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=PATIENCE).close()  # noqa: S310 - the team's own
     except urllib.error.HTTPError:
         return  # it answers; whether it lets us in is between Prefect and it
     except OSError as error:

@@ -21,7 +21,7 @@ SERVER, CLOCK, DEPLOYED, LIMIT = (
     "deployments",
     "limit on GPUs",
 )
-_TIMEOUT = 10.0
+_TIMEOUT = 30.0
 _DEPLOY = "put it there: ckptfuse deploy"
 
 
