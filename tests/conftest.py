@@ -20,6 +20,7 @@ import yaml
 from filelock import FileLock
 
 from flows.environment import prepare
+from infra.native.postgres import FAST_SHUTDOWN, open_cluster
 from tests.forked import run_forked
 from tests.servers import free_port, moto_server, rclone_server  # noqa: F401 - fixtures
 
@@ -37,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "CKPTFUSE_TESTS" in os.environ:
         return
     home = Path(tempfile.mkdtemp(prefix="ckptfuse-tests-"))
+    home.chmod(0o711)  # the user postgres must be able to enter what lies in it
     config.add_cleanup(lambda: _clean_up(home))
     os.environ["CKPTFUSE_TESTS"] = os.environ["PREFECT_HOME"] = str(home)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{free_port()}/api"
@@ -46,10 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _clean_up(home: Path) -> None:
-    server = home / "prefect-server" / "pid"
-    if server.exists():
-        with suppress(ProcessLookupError):
-            os.kill(int(server.read_text()), signal.SIGTERM)
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for server, how in json.loads((home / "servers" / "pids").read_text()):
+            os.kill(server, how)
     shutil.rmtree(home, ignore_errors=True)
 
 
@@ -68,20 +69,29 @@ def shared(name: str, make: Callable[[Path], None]) -> Path:
 @pytest.fixture(scope="session")
 def prefect_server() -> str:
     """A real Prefect server for all test processes; every process under us finds it."""
-    shared("prefect-server", _start_prefect_server)
+    shared("servers", _start_prefect_server)
     return os.environ["PREFECT_API_URL"]
 
 
 def _start_prefect_server(folder: Path) -> None:
+    """On PostgreSQL: on SQLite one of several writers at once may wait for a minute."""
+    cluster = open_cluster(folder / "postgres")
+    postgres = cluster.start(durable=False)
+    cluster.create_database("prefect")
     url = os.environ["PREFECT_API_URL"]
     port = url.removesuffix("/api").rpartition(":")[2]
     server = subprocess.Popen(
         [BINARIES / "prefect", "server", "start", "--host", "127.0.0.1", "--port", port],
-        env={**os.environ, "PREFECT_LOGGING_SERVER_LEVEL": "ERROR"},
+        env={
+            **os.environ,
+            "PREFECT_API_DATABASE_CONNECTION_URL": cluster.url("prefect", "postgresql+asyncpg"),
+            "PREFECT_LOGGING_SERVER_LEVEL": "ERROR",
+        },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    (folder / "pid").write_text(str(server.pid))
+    pids = [(server.pid, signal.SIGKILL), (postgres.pid, FAST_SHUTDOWN)]
+    (folder / "pids").write_text(json.dumps(pids))
     _wait_for(f"{url}/health", server)
 
 
