@@ -206,6 +206,8 @@ def _known_lines(told: Figures) -> list[str]:
             f"{usual[0]['requests']} requests, 8 of them for the checkpoints of the window."
         ),
         "",
+        "Prefect's own is a flow that does nothing; neither sends heartbeats (see docs/design.md).",
+        "",
     ]
 
 

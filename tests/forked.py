@@ -12,8 +12,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import BaseModel
 
@@ -83,8 +86,7 @@ def main() -> None:
         program = Program.model_validate_json(line)
         child = os.fork()
         if child == 0:
-            _become(program)
-            return  # and end as any process ends
+            _run(program)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
@@ -131,6 +133,25 @@ class _JobServer(jobs._ForkServer):
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = _Fork(self._errors.fileno())  # type: ignore[assignment]
+
+
+def _run(program: Program) -> NoReturn:
+    """To its end, which is any process's but that modules are not torn down: that takes seconds."""
+    status = 0
+    try:
+        _become(program)
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else bool(ended.code)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _become(program: Program) -> None:

@@ -243,7 +243,10 @@ def without_its_upload(starts: Iterable[int]) -> Iterator[int]:
     yield from starts
 
 
-def test_an_upload_that_the_store_refuses_is_told(moto_s3: S3Server) -> None:
+def test_an_upload_that_the_store_refuses_is_told(
+    moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moto_s3.use(monkeypatch, AWS_MAX_ATTEMPTS="2")
     store = open_store("s3://bucket/refused")
     with pytest.raises(StoreError, match="refused/file"):
         write_parts(store, 20 * LEAF, without_its_upload(range(0, 20 * LEAF, LEAF)))
