@@ -1,6 +1,7 @@
 """News of a look: what a person wants to hear of, as events for Prefect's automations."""
 
 import time
+from datetime import timedelta
 
 from ckptfuse.gate import declined_streak
 from ckptfuse.listing import Listed
@@ -58,11 +59,8 @@ def looked(service: Service) -> None:
     told = service.workspace.folder("cache") / "stalled"
     if told.is_file() and told.read_text() == newest.signature:
         return
-    quiet, usual = found
-    text = (
-        f"no checkpoint for {quiet / 60:.0f} minutes, where {usual / 60:.0f} are usual; "
-        f"the newest is {newest.name}"
-    )
+    quiet, usual = (timedelta(seconds=round(seconds)) for seconds in found)
+    text = f"no checkpoint for {quiet}, where {usual} is usual; the newest is {newest.name}"
     log.warning(text)
     tell(service, "trajectory.stalled", newest.step, text)
     told.write_text(newest.signature)

@@ -1,9 +1,13 @@
 """When a trainer has fallen silent."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from ckptfuse.stalls import silence
-from tests.helpers import checkpoint_record
+from tasks import news
+from tests.helpers import checkpoint_record, make_service
 
 
 def test_three_times_the_usual_pause_is_silence() -> None:
@@ -22,3 +26,21 @@ def test_what_is_usual_is_what_was_lately_and_one_long_pause_does_not_change_it(
 def test_of_too_few_checkpoints_nothing_is_said(count: int) -> None:
     known = [checkpoint_record(n, modified=float(n)) for n in range(count)]
     assert silence(known, now=1e9) is None
+
+
+def test_silence_is_told_once_for_each_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[object, ...]] = []
+    monkeypatch.setattr(news, "tell", lambda _, *what: told.append(what))
+    service = make_service(tmp_path)
+    began = time.time() - 600
+    for n in range(4):
+        record = checkpoint_record(n, modified=began + 20 * n)
+        service.records.put(record.signature, record)
+    news.looked(service)
+    news.looked(service)
+    ((event, step, text),) = told
+    assert (event, step) == ("trajectory.stalled", 3)
+    assert str(text).startswith("no checkpoint for 0:09:0")
+    assert str(text).endswith("where 0:00:20 is usual; the newest is step3")
