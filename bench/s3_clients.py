@@ -25,7 +25,8 @@ import numpy as np
 
 from ckptfuse.store import S3Store
 from ckptfuse.store.s3_client import client
-from tests.servers import S3Server, _serve, free_port, moto, rclone
+from infra.native.postgres import free_port
+from tests.servers import S3Server, _serve, moto, rclone
 
 Read = Callable[[str, int, memoryview], None]
 MIB = 1024 * 1024

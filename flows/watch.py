@@ -75,7 +75,7 @@ def _look(
     summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
     try:
         while actions := _plan(service, listing, state, live):
-            _act(service, params_file, listing, actions, summary)
+            _act(service, params_file, state, actions, summary)
             state = load_state(service, summary.held)
         for note in actions.notes:
             log.info(note)
@@ -116,7 +116,7 @@ def _outcome(summary: Summary, listing: Listing) -> str:
 
 
 def _act(
-    service: Service, params_file: str, listing: Listing, actions: Actions, summary: Summary
+    service: Service, params_file: str, state: State, actions: Actions, summary: Summary
 ) -> None:
     for damaged in actions.quarantine:
         quarantine(service, damaged)
@@ -128,7 +128,7 @@ def _act(
         summary.quarantined += len(unscored) - len(held)
         summary.scored += len(actions.score) - len(unscored)
     for key in actions.publish:
-        publish_window(service, plans_of(service)[key], load_state(service).gates[key])
+        publish_window(service, plans_of(service)[key], state.gates[key])
         summary.published += 1
     for superseded in actions.skip:
         skip(service, superseded)

@@ -20,9 +20,9 @@ import yaml
 from filelock import FileLock
 
 from flows.environment import prepare
-from infra.native.postgres import FAST_SHUTDOWN, open_cluster
+from infra.native.postgres import FAST_SHUTDOWN, free_port, open_cluster
 from tests.forked import run_forked
-from tests.servers import free_port, moto_server, rclone_server  # noqa: F401 - fixtures
+from tests.servers import moto_server, rclone_server  # noqa: F401 - fixtures
 
 BINARIES = Path(sys.executable).parent
 DOMAINS = ("python", "prose", "c")

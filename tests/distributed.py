@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from infra.native.postgres import free_port
 from tests.forked import run_forked
-from tests.servers import free_port
 
 ROOT = Path(__file__).parents[1]
 

@@ -107,8 +107,10 @@ class _Fork:
             for target, source in enumerate((requests, answers, errors)):
                 os.dup2(source, target)
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-            job_forkserver.main()
-            os._exit(0)
+            try:
+                job_forkserver.main()
+            finally:  # whatever happens, this is not the program
+                os._exit(0)
         os.close(requests)
         os.close(answers)
         self.stdin, self.stdout = os.fdopen(asking, "w"), os.fdopen(answering)
@@ -145,9 +147,7 @@ def _run(program: Program) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         status = 1
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

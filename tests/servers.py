@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from infra.native.postgres import free_port
 
 BINARIES = Path(sys.executable).parent
 KEY, SECRET = "tester", "a-secret-of-tests"
@@ -36,12 +37,6 @@ class S3Server:
             else:
                 monkeypatch.setenv(name, value)
         client.cache_clear()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -18,9 +18,9 @@ import pytest
 from mlflow.models import Model
 from safetensors import safe_open
 
+from infra.native.postgres import free_port
 from tasks.packaging import EXAMPLE
 from tests.conftest import BINARIES, Project, environment
-from tests.servers import free_port
 
 CHAMPION = "models:/trial@champion"
 

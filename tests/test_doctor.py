@@ -20,13 +20,13 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from ckptfuse.checks import Check
 from ckptfuse.params import load_params
 from ckptfuse.service import Service, open_service
+from infra.native.postgres import free_port
 from tasks.checks.ledger import ledger
 from tasks.checks.prefect import prefect
 from tasks.checks.registry import registry
 from tasks.deployments import GPUS
 from tests.conftest import BINARIES, Project, Trajectory, make_project
 from tests.helpers import write_checkpoint
-from tests.servers import free_port
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from ckptfuse.rules.observation import (
 )
 from ckptfuse.rules.outliers import healthy
 from ckptfuse.rules.registry import rule
-from ckptfuse.rules.simplex import as_weights, corner, normalised, padded, uniform_over
+from ckptfuse.rules.simplex import as_weights, corner, fading, normalised, padded, uniform_over
 
 #: Nats; other weights that cannot win more than this are not worth a merge and its scoring.
 WORTHWHILE = 5e-4
@@ -118,8 +118,7 @@ class _Attempt:
 
 def _guide(probe: _Probe) -> Vector:
     """An exponential moving average over the probe's members, as the rule ``ema`` has it."""
-    age = np.arange(len(probe.weights), dtype=np.float64)[::-1]
-    return normalised(np.where(probe.members, np.power(1 - GUIDE_ALPHA, age), 0.0))
+    return normalised(np.where(probe.members, fading(len(probe.weights), GUIDE_ALPHA), 0.0))
 
 
 def _checked(

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ckptfuse.rules.observation import Observation, Weights
 from ckptfuse.rules.registry import rule
-from ckptfuse.rules.simplex import as_weights, corner, normalised
+from ckptfuse.rules.simplex import as_weights, corner, fading, normalised
 
 
 @rule("latest")
@@ -35,8 +35,7 @@ def ema(seen: Observation, *, alpha: Annotated[float, Field(gt=0, le=1)] = 0.2) 
     Normalised over the window. The literal recursion m = alpha * new + (1 - alpha) * m, begun at
     the oldest checkpoint, would leave (1 - alpha)^(K-1) on that one.
     """
-    age = np.arange(len(seen), dtype=np.float64)[::-1]
-    return Weights(as_weights(normalised(np.power(1 - alpha, age))))
+    return Weights(as_weights(normalised(fading(len(seen), alpha))))
 
 
 @rule("minus-sqrt")

@@ -27,6 +27,12 @@ def normalised(values: Vector) -> Vector:
     return np.asarray(values / values.sum(axis=-1, keepdims=True), dtype=np.float64)
 
 
+def fading(count: int, alpha: float) -> Vector:
+    """(1 - alpha)^age of each checkpoint, oldest first: 1 for the newest. Not normalised."""
+    age = np.arange(count, dtype=np.float64)[::-1]
+    return np.power(1 - alpha, age)
+
+
 def softmax(losses: Vector, temperature: float) -> Vector:
     """Proportional to exp(-losses / temperature), safe for any spread of finite losses."""
     with np.errstate(over="ignore"):  # to minus infinity, of which exp is 0

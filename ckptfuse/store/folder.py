@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from ckptfuse.errors import MissingFile, StoreError
@@ -16,7 +15,6 @@ from ckptfuse.store.throttle import FREE, Throttle
 
 TEMPORARY_PREFIX = ".ckptfuse-tmp-"
 _SYNC_BYTES = 64 * 1024 * 1024
-_READ_BYTES = 64 * 1024
 
 
 class FolderStore:
@@ -84,7 +82,8 @@ class FolderStore:
         self._throttle.wait(0)
         # Not Path.read_bytes, and our own context only where it is needed: see _file.
         try:
-            data = _read(self._file(path))
+            with open(self._file(path), "rb", buffering=0) as file:  # noqa: PTH123
+                data = file.read()
         except OSError:
             with self._missing(path):
                 raise
@@ -157,15 +156,6 @@ class FolderStore:
             raise StoreError(f"{self.uri}/{path} is a folder; a file was expected") from error
         except PermissionError as error:
             raise StoreError(f"{self.uri}/{path}: permission denied") from error
-
-
-def _read(file: str) -> bytes:
-    """In two thirds of the time that a file object takes for a small one."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return b"".join(iter(partial(os.read, descriptor, _READ_BYTES), b""))
-    finally:
-        os.close(descriptor)
 
 
 def _scan(folder: str) -> list[os.DirEntry[str]]:
