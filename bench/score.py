@@ -1,36 +1,74 @@
 """``make bench-score``: this scorer, lm-evaluation-harness and the loop of the transformers guide.
 
-The same random-weight Llamas, text, dtype and device, each scorer in a process of its own, in
-turn; medians. On a GPU where there is one (1B and 8B in bfloat16), else on the CPU in float32.
-The table goes to ``bench/results/score-DEVICE.{json,md}``.
+The same random-weight Llamas, text, dtype and device, each scorer in a process of its own. On a
+CPU (float32) all processes stay and take turns, pass by pass, so that a machine that slows down
+slows all of them: compared is within a turn, and the figures are medians over turns. On a GPU (1B
+and 8B in bfloat16) one follows another, since its memory does not hold them all. The table goes to
+``bench/results/score-DEVICE.{json,md}``.
 """
 
 import argparse
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-from bench.measure import machine, run, write_results
+from bench.measure import machine, write_results
 from bench.score_shapes import CPU_SHAPES, GPU_SHAPES
 
-Figures = dict[str, list[dict[str, Any]]]  # scorer -> what each of its processes measured
+Figures = dict[str, list[dict[str, Any]]]  # scorer -> what it printed: the first pass, then turns
+
+
+PEAK = "peak MiB above the weights"
 
 
 def measure(shape: str, device: str, rounds: int) -> Figures:
+    asked = {name: (*arguments, shape, device) for name, arguments in scorers(device).items()}
+    together = [asked] if device == "cpu" else [{name: asked[name]} for name in asked]
     figures: Figures = {}
-    for _ in range(rounds):
-        for name, arguments in scorers(device).items():
-            done = run([sys.executable, "-m", "bench.score_one", *arguments, shape, device])
-            figures.setdefault(name, []).append(json.loads(done.output.splitlines()[-1]))
-    losses = [run_["loss"] for runs in figures.values() for run_ in runs]
+    for group in together:
+        figures |= take_turns(group, rounds)
+    losses = [lines[0]["loss"] for lines in figures.values()]
     if max(losses) - min(losses) > (1e-5 if device == "cpu" else 1e-2) * max(losses):
         raise RuntimeError(f"{shape}: the scorers disagree: {losses}")
     return figures
+
+
+def take_turns(asked: Mapping[str, Sequence[str]], rounds: int) -> Figures:
+    with ExitStack() as running:
+        passes = {name: running.enter_context(scorer(asked[name])) for name in asked}
+        figures = {name: [next(one)] for name, one in passes.items()}
+        for turn in range(rounds):
+            for name in list(asked)[:: -1 if turn % 2 else 1]:
+                figures[name].append(next(passes[name]))
+    return figures
+
+
+@contextmanager
+def scorer(arguments: Sequence[str]) -> Iterator[Iterator[dict[str, Any]]]:
+    """A running bench/score_one.py; each step of the iterator is one pass of it."""
+    command = [sys.executable, "-m", "bench.score_one", *arguments]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield _passes(process)
+        process.communicate()
+
+
+def _passes(process: subprocess.Popen[str]) -> Iterator[dict[str, Any]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        yield json.loads(line)
+        process.stdin.write("\n")
+        process.stdin.flush()
+    raise RuntimeError(f"{process.args!r} ended with status {process.wait()}")
 
 
 def scorers(device: str) -> Mapping[str, Sequence[str]]:
@@ -41,37 +79,45 @@ def scorers(device: str) -> Mapping[str, Sequence[str]]:
     return found
 
 
-def median(runs: Sequence[Mapping[str, Any]], figure: str) -> float:
-    return float(statistics.median(run_[figure] for run_ in runs))
-
-
 def markdown(cases: Mapping[str, Figures], about: Mapping[str, str]) -> str:
     lines = [
         "# Scoring: this scorer, lm-evaluation-harness and the loop of the transformers guide",
         "",
         "Random-weight Llamas, the same text and losses, one process a scorer; written by",
-        "`make bench-score`. Utilisation is against one large matrix product in the same process.",
+        "`make bench-score`. Medians over turns, ratios within a turn (in brackets the middle half",
+        "of them). Utilisation is against one large matrix product in the same process, after each",
+        "pass.",
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
     ]
-    columns = ("tokens a second", "peak MiB above the weights", "model FLOP utilisation")
+    columns = ("tokens a second", "model FLOP utilisation")
     for shape, figures in cases.items():
-        lines += [f"## {shape}", "", "| scorer | times slower | " + " | ".join(columns) + " |"]
-        lines.append("|---|---|" + "---|" * len(columns))
-        ours = median(figures["ckptfuse"], columns[0])
-        for name, runs in figures.items():
-            slower = ours / median(runs, columns[0])
-            values = [median(runs, column) for column in columns]
-            cells = f"{values[0]:.0f} | {values[1]:.0f} | {values[2]:.0%}"
-            lines.append(f"| {name} | {slower:.2f} | {cells} |")
+        lines += [f"## {shape}, {len(figures['ckptfuse']) - 1} turns", ""]
+        lines.append(f"| scorer | times slower | {' | '.join(columns)} | {PEAK} |")
+        lines.append("|---|---|---|---|---|")
+        ours = [turn[columns[0]] for turn in figures["ckptfuse"][1:]]
+        for name, (first, *turns) in figures.items():
+            rates, utilisation = ([turn[column] for turn in turns] for column in columns)
+            low, slower, high = quartiles([a / b for a, b in zip(ours, rates, strict=True)])
+            cells = (
+                f"{slower:.2f} ({low:.2f} to {high:.2f})",
+                f"{statistics.median(rates):.0f}",
+                f"{statistics.median(utilisation):.0%}",
+                f"{first[PEAK]:.0f}",
+            )
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
+def quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="passes of each scorer", default=9)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = machine()

@@ -1,19 +1,20 @@
-"""One scorer on one model, in a process of its own; prints one JSON line (see bench/score.py).
+"""One scorer on one model, in a process of its own (see bench/score.py).
 
     python -m bench.score_one SCORER SHAPE DEVICE
 
-Nothing but this repository, torch and transformers is needed (and lm_eval for that scorer).
+Scores once and prints the loss and the peak of memory, then once more for every line of standard
+input, and prints how fast that was: JSON lines all of them. Nothing but this repository, torch and
+transformers is needed (and lm_eval for that scorer).
 """
 
 import argparse
 import gc
 import json
-import math
-import statistics
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bench.score_shapes import SHAPES, Shape
 from ckptfuse.blocks import Blocks
 from ckptfuse.cut import Cut
+from ckptfuse.heap import keep_freed_memory
 from ckptfuse.perplexity import score_blocks
 
 #: Scores all documents and answers with the summed negative log-likelihood, nats.
@@ -45,6 +47,9 @@ def documents_of(shape: Shape) -> list[np.ndarray]:
 
 
 def ckptfuse_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
+    """As in the score job."""
+    if next(model.parameters()).device.type == "cpu":
+        keep_freed_memory()
     streams = [np.concatenate([[0], tokens]).astype(np.int32) for tokens in documents_of(shape)]
     owners = np.repeat(np.arange(len(streams), dtype=np.int32), [len(s) for s in streams])
     spans = np.asarray(Cut(shape.context, layout="rolling").spans(owners))
@@ -146,7 +151,6 @@ def main() -> None:
     parser.add_argument("shape", choices=tuple(SHAPES))
     parser.add_argument("device", choices=("cpu", "cuda"))
     parser.add_argument("--batch-size", type=int, default=1, help="of the harness")
-    parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     model = make_model(shape, arguments.device)
@@ -156,26 +160,21 @@ def main() -> None:
         "guide": lambda: guide_scorer(model, shape),
         "harness": lambda: harness_scorer(model, shape, arguments.batch_size),
     }
+    # What libraries print must not come between the JSON lines.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     score = makers[arguments.scorer]()
+    tokens = shape.documents * shape.length
     peak = Peak(device)
-    nll = score()
-    seconds = []
-    for _ in range(arguments.runs):
+    first = {"loss": score() / tokens, "peak MiB above the weights": peak.above()}
+    print(json.dumps(first), file=answers, flush=True)
+    for _ in sys.stdin:
         started = _now(device)
         score()
-        seconds.append(_now(device) - started)
-    tokens = shape.documents * shape.length
-    rate = tokens / statistics.median(seconds)
-    figures: dict[str, Any] = {
-        "loss": nll / tokens,
-        "perplexity": math.exp(nll / tokens),
-        "tokens a second": rate,
-        "peak MiB above the weights": peak.above(),
-        "matrix rate, TFLOP/s": matrix_rate(model) / 1e12,
-        "model FLOP utilisation": rate * shape.flop_a_token() / matrix_rate(model),
-        "seconds": seconds,
-    }
-    print(json.dumps(figures))
+        rate = tokens / (_now(device) - started)
+        utilisation = rate * shape.flop_a_token() / matrix_rate(model)
+        turn = {"tokens a second": rate, "model FLOP utilisation": utilisation}
+        print(json.dumps(turn), file=answers, flush=True)
 
 
 if __name__ == "__main__":

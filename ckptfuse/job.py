@@ -26,6 +26,7 @@ from ckptfuse.conversion import convert
 from ckptfuse.engines import by_command, by_model
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
 from ckptfuse.fusion import Recipe
+from ckptfuse.heap import keep_freed_memory
 from ckptfuse.merge.folder import write_and_identify
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
@@ -248,6 +249,8 @@ def _emit(message: Message) -> None:
 def main(path: str) -> None:
     request = Request.model_validate_json(Path(path).read_bytes())
     _keep_to(request.reading)
+    if request.numerics.device_class == "cpu":
+        keep_freed_memory()
     run(request)
 
 

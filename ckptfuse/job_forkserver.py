@@ -54,6 +54,9 @@ def main() -> None:
 def _load() -> None:
     """Import what a job needs. What that leaves behind stays: no use in looking it through."""
     gc.disable()
+    # A library that asks, as it is imported, whether there are GPUs must not start CUDA here: a
+    # fork could not start it again. This makes torch ask the driver's management library.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import ckptfuse.job
     import ckptfuse.modeling
 

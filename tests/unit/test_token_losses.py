@@ -1,5 +1,7 @@
 """Heads on parts of the vocabulary: the same losses as the whole model's, whatever the model."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -123,3 +125,15 @@ def test_a_block_that_does_not_fit_by_itself_is_an_error_that_says_what_to_do(
 def test_a_cpu_takes_a_batch_of_its_own_size_when_none_is_given(llama: torch.nn.Module) -> None:
     found = score_blocks(llama, blocks_of_lengths([16]), vocabulary=96)
     assert found.batch_tokens == perplexity.CPU_BATCH_TOKENS
+
+
+def test_a_model_that_rules_out_some_of_its_vocabulary(
+    llama: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = copy.deepcopy(llama)
+    network.lm_head = torch.nn.Linear(32, 96)
+    network.lm_head.bias.data[:50] = -torch.inf
+    monkeypatch.setattr(module, "TILE_BYTES", {"cpu": 4 * 33 * 7})  # whole tiles of -inf
+    tokens = torch.randint(50, 96, (3, 16), generator=torch.Generator().manual_seed(1))
+    found = TokenLosses(network, vocabulary=96)(tokens, 1)
+    assert torch.allclose(found, reference(network, tokens, 1), rtol=1e-5)
