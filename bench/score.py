@@ -24,7 +24,6 @@ from bench.score_shapes import CPU_SHAPES, GPU_SHAPES
 
 Figures = dict[str, list[dict[str, Any]]]  # scorer -> what it printed: the first pass, then turns
 
-
 PEAK = "peak MiB above the weights"
 
 

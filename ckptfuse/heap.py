@@ -1,8 +1,8 @@
 """Memory of the C library's heap, kept for the next tensor instead of given back.
 
 A forward pass on a CPU makes and frees the same tensors again and again. By default glibc gives
-those of several MiB back to the system each time, which then fills new pages with zeros: a tenth of
-the time of scoring a small model, on one core while the others wait.
+those of several MiB back to the system each time, which then fills new pages with zeros, on one
+core while the others wait.
 """
 
 import ctypes
