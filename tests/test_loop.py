@@ -122,6 +122,11 @@ def test_a_fresh_clone_elsewhere_makes_the_same_bytes_scores_and_verdict(
     for model in ("fusion", "best", "newest"):
         found, known = metrics["report"][model]["loss"], before["report"][model]["loss"]
         assert found == pytest.approx(known, abs=1e-5)
+    with_theirs = environment() | moved | {"CKPTFUSE_SCORING__THREADS": "1"}
+    stage = f"score@{steps[0]}"
+    subprocess.run(["dvc", "repro", "-f", "-s", stage], cwd=clone, env=with_theirs, check=True)
+    same, theirs = ((f / "scores" / f"{steps[0]}.npz").read_bytes() for f in (clone, ledger))
+    assert same == theirs, "on as many threads as the service's, every byte"
 
 
 def test_the_ledger_keeps_what_was_drawn_and_it_is_the_services_corpus(

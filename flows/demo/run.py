@@ -299,6 +299,8 @@ def _print_commands(service: Service, seen: Overview) -> None:
     page = (root / "report" / "index.html").as_uri()
     again, ledger = quote(str(root / "again")), quote(str(root / "ledger"))
     cache = quote(str(root / "ledger" / ".dvc" / "cache"))
+    threads = service.params.scoring.threads
+    as_here = f"CKPTFUSE_SCORING__THREADS={threads} " if threads else ""
     commands = {
         "Put the installed commands on the path": [
             f"export PATH={quote(str(Path(sys.executable).parent))}:$PATH"
@@ -311,7 +313,7 @@ def _print_commands(service: Service, seen: Overview) -> None:
             f"git -c advice.detachedHead=false clone --quiet --branch {tag} {ledger} {again}",
             f"cd {again}",
             f"dvc cache dir --local {cache} && dvc checkout corpus.dvc",
-            "dvc repro --force && dvc status",
+            f"{as_here}dvc repro --force && dvc status && git status",
         ],
     }
     for title, lines in commands.items():
