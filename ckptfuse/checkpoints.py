@@ -39,12 +39,14 @@ TOKENIZER_FILES = frozenset(
         "chat_template.json",
     ]
 )
-#: Small files that belong to the model and travel with a fusion.
+#: Small files of names that transformers knows.
 ANCILLARY_FILES = frozenset({CONFIG, "generation_config.json"}) | TOKENIZER_FILES
 #: Keys of config.json that may differ between checkpoints of one architecture.
 VOLATILE_CONFIG = frozenset(
     ["_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"]
 )
+#: What configurations call the positions that their models know: most; GPT-2; MPT.
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 #: A checkpoint's files: path -> (size, content hash).
 Contents = dict[str, tuple[int, str]]
@@ -103,6 +105,15 @@ def config_identity(config: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in config.items() if key not in VOLATILE_CONFIG}
 
 
+def longest_context(config: Mapping[str, object]) -> int | None:
+    """The positions that a configuration's model knows; None where it names no such limit."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping):  # a model of text and images
+        return longest_context(text)
+    named = (config.get(key) for key in POSITIONS)
+    return next((n for n in named if isinstance(n, int) and n > 0), None)
+
+
 def fingerprint(contents: Mapping[str, tuple[int, str]]) -> str:
     """A checkpoint's identity from its files: path -> (size, content hash)."""
     return digest(sorted([path, size, content] for path, (size, content) in contents.items()))
@@ -115,7 +126,7 @@ def assemble(store: Store, name: str, parsed: ParsedName, entries: Iterable[Entr
     if CONFIG not in present:
         raise IncompleteCheckpoint(f"{store.uri}: no {CONFIG} yet")
     weights = _weight_files(store, present)
-    paths = sorted(weights | (ANCILLARY_FILES & present.keys()))
+    paths = sorted(weights | {path for path in present if is_ancillary(path)})
     return checkpoint_of(store, name, parsed, [present[path] for path in paths])
 
 
@@ -127,7 +138,22 @@ def checkpoint_of(
 
 def is_identity(path: str) -> bool:
     indexes = {index for _, index in FORMATS}
-    return path in ANCILLARY_FILES | indexes or path.endswith((".safetensors", ".bin"))
+    return is_ancillary(path) or path in indexes or path.endswith((".safetensors", ".bin"))
+
+
+def is_ancillary(path: str) -> bool:
+    """Whether a small file belongs to the model and travels with a fusion."""
+    return path in ANCILLARY_FILES or is_code(path)
+
+
+def is_code(path: str) -> bool:
+    """Whether it is Python of a model that transformers does not know (auto_map)."""
+    return path.endswith(".py") and "/" not in path
+
+
+def read_code(store: Store) -> dict[str, bytes]:
+    """The Python files of the model in this folder: path -> content."""
+    return {e.path: store.read(e.path) for e in store.list("") if is_code(e.path)}
 
 
 def _weight_files(store: Store, present: Mapping[str, Entry]) -> set[str]:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG
+from ckptfuse.checkpoints import CONFIG, is_ancillary
 from ckptfuse.digests import content_digest, digest
 from ckptfuse.errors import ConfigurationError, DamagedCheckpoint
 from ckptfuse.imports import load_function
@@ -55,9 +55,9 @@ def made_by(converter: str | None, folder: str) -> str:
 
 
 def companions(folder: str) -> dict[str, bytes]:
-    """The Hugging Face folder's configuration and tokenizer: path -> content."""
+    """The Hugging Face folder's configuration, tokenizer and code: path -> content."""
     store = open_store(folder)
-    return {e.path: store.read(e.path) for e in store.list("") if e.path in ANCILLARY_FILES}
+    return {e.path: store.read(e.path) for e in store.list("") if is_ancillary(e.path)}
 
 
 def convert(

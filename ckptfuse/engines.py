@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ckptfuse import blocks as blocks_module
 from ckptfuse.blocks import Blocks
+from ckptfuse.checkpoints import longest_context
 from ckptfuse.errors import CkptfuseError, JobError
 from ckptfuse.modeling import vocabulary_size
 from ckptfuse.perplexity import BlockLosses, score_blocks
@@ -59,12 +60,13 @@ def by_model(
 
 
 def _check_length(network: torch.nn.Module, blocks: Blocks, where: str) -> None:
-    longest = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+    config = getattr(network, "config", None)
+    longest = longest_context(config.to_dict()) if config is not None else None
     read = int(blocks.lengths.max()) - 1  # of the last token no successor is asked
-    if isinstance(longest, int) and read > longest:
+    if longest is not None and read > longest:
         raise CkptfuseError(
             f"{where}: to read {read} tokens of a block exceeds the model's {longest} positions; "
-            f"set scoring.block_length to {longest} or less"
+            f"set scoring.block_length (--block-length) to {longest} or less"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ckptfuse.checkpoints import CONFIG
+from ckptfuse.checkpoints import CONFIG, longest_context
 from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.names import parse_name
@@ -89,8 +89,7 @@ def _longest_context(bucket: Store, pattern: str | None) -> int | None:
         name, _, path = entry.path.partition("/")
         if path == CONFIG and parse_name(name, pattern) is not None:
             try:
-                longest = json.loads(bucket.read(entry.path))["max_position_embeddings"]
-            except (ValueError, KeyError, TypeError):  # no model's, or half written: try another
+                return longest_context(json.loads(bucket.read(entry.path)))
+            except (ValueError, AttributeError):  # no model's, or half written: try another
                 continue
-            return longest if isinstance(longest, int) else None
     return None

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -21,7 +22,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import torch
 
 from ckptfuse.blocks import Blocks
-from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.checkpoints import open_checkpoint, read_code
 from ckptfuse.conversion import convert
 from ckptfuse.engines import by_command, by_model
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
@@ -81,6 +82,10 @@ def run(request: Request) -> None:
             _emit(Failed(model=index, error="damaged", reason=str(error)))
         except CkptfuseError as error:
             _emit(Failed(model=index, error="other", reason=str(error)))
+        except Exception as error:  # a model's own code may do anything
+            traceback.print_exc()
+            where = model.input.uri if isinstance(model, CheckpointModel) else model.fusion[:16]
+            _emit(Failed(model=index, error="other", reason=f"{where}: {error!r}"))
 
 
 class _Checkpoints:
@@ -113,11 +118,13 @@ def _score_model(
     if isinstance(model, CheckpointModel):
         loaded = checkpoints.take(index)
         model_id, where = loaded.fingerprint, model.input.uri
+        place = where
         read = partial(_read, loaded)
         _emit(Read(model=index, fingerprint=model_id, architecture=loaded.layout.architecture))
     else:
         model_id, where = model.fusion, f"fusion {model.fusion[:16]}"
         read = partial(_merge, model)
+        place = model.ancillary.uri
     converted = isinstance(model, MergeModel) and model.converted
     todo = [
         item
@@ -131,7 +138,7 @@ def _score_model(
         engine = (
             _command_engine(model, request, todo)
             if request.command
-            else _own_engine(index, read, request, todo, where, converted=converted)
+            else _own_engine(index, read, request, todo, where, place, converted=converted)
         )
         for item, blocks, found in engine:
             losses = losses_of(blocks, found.nll)
@@ -160,19 +167,27 @@ def _own_engine(
     request: Request,
     todo: Sequence[BlockSet],
     where: str,
+    place: str,
     *,
     converted: bool,
 ) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
+    """``place``: the folder that the model's configuration is from, unless it is converted."""
     config, state_dict = read()
     if request.model is not None and not converted:
         config, state_dict = convert(request.converter, request.model, state_dict, where)
+        place = request.model
+    if not config:
+        raise CkptfuseError(
+            f"{where}: no config.json says what model this is; name a folder that has it with "
+            "scoring.model (--model)"
+        )
     network = build_model(
         config,
         state_dict,
         numerics=request.numerics,
         where=where,
         split=request.split,
-        trust_remote_code=request.trust_remote_code,
+        code=read_code(open_store(place)) if request.trust_remote_code else None,
     )
     del state_dict
     yield from by_model(

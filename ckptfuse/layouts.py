@@ -15,7 +15,7 @@ from typing import Literal
 
 from ckptfuse.checkpoints import BIN_INDEX, CONFIG, INDEX, Checkpoint, distributed_metadata
 from ckptfuse.digests import digest
-from ckptfuse.errors import DamagedCheckpoint, MissingFile
+from ckptfuse.errors import ConfigurationError, DamagedCheckpoint, MissingFile
 from ckptfuse.formats import dcp, safetensors, torch_zip
 from ckptfuse.formats.tensors import Tensor, whole_tensor
 from ckptfuse.store import Reader, Store
@@ -110,9 +110,16 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
 
 
 def read_training_state(checkpoint: Checkpoint) -> Layout:
-    """Every tensor of a distributed checkpoint, under the checkpoint's own names."""
+    """Every tensor of a distributed checkpoint, under the checkpoint's own names.
+
+    Raises ConfigurationError for any other.
+    """
     metadata = distributed_metadata(entry.path for entry in checkpoint.files)
-    assert metadata is not None, "only asked of distributed checkpoints"
+    if metadata is None:
+        raise ConfigurationError(
+            f"{checkpoint.uri} is no distributed checkpoint; a merge in that form is of such alone "
+            "(--form safetensors merges the models of both kinds)"
+        )
     store = checkpoint.store()
     entries = _read_entries(checkpoint, metadata)
     tensors = dcp.locate(store, entries.values())

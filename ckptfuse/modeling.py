@@ -3,14 +3,14 @@
 import importlib
 import json
 import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ckptfuse.errors import DamagedCheckpoint
+from ckptfuse.checkpoints import CONFIG
+from ckptfuse.errors import CkptfuseError, DamagedCheckpoint
+from ckptfuse.own_code import offered, reason_of
 from ckptfuse.protocol import Numerics
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,37 +23,36 @@ def build_model(
     numerics: Numerics,
     where: str,
     split: bool = False,
-    trust_remote_code: bool = False,
+    code: Mapping[str, bytes] | None = None,
 ) -> torch.nn.Module:
     """The causal language model of ``config`` with these weights, ready to score.
 
     Tied weights are tied again. ``split`` spreads the layers over the visible GPUs (accelerate's
-    device_map), for a model that one cannot hold. Raises DamagedCheckpoint naming ``where`` when
-    the weights do not fit the configuration: a model with freshly initialised parts must not be
-    scored.
+    device_map), for a model that one cannot hold. ``code`` are the model's own Python files, which
+    are run where its configuration asks for them; None: they are not trusted.
+
+    Raises CkptfuseError naming ``where`` when there is no such model here, and DamagedCheckpoint
+    when the weights do not fit the configuration: a model with freshly initialised parts must not
+    be scored.
     """
     load_transformers()
-    from transformers import AutoModelForCausalLM
-
+    files = {CONFIG: json.dumps(dict(config)).encode(), **(code or {})}
+    with offered(files) as folder:
+        hf_config, outline = _outline(folder, where, trusted=code is not None)
+    _check_shapes(outline, state_dict, where)
+    attention = numerics.attention if getattr(outline, "_supports_sdpa", False) else "eager"
     try:
-        hf_config = _config(config, trust_remote_code)
-        with torch.device("meta"):
-            model_class = type(
-                AutoModelForCausalLM.from_config(hf_config, trust_remote_code=trust_remote_code)
-            )
-        model, info = model_class.from_pretrained(
+        model, info = type(outline).from_pretrained(
             None,
             config=hf_config,
             state_dict=dict(state_dict),
             dtype=_DTYPES[numerics.dtype],
-            attn_implementation=numerics.attention,
+            attn_implementation=attention,
             device_map="auto" if split else None,
             output_loading_info=True,
         )
     except (ValueError, KeyError, RuntimeError, ImportError, OSError) as error:
-        raise DamagedCheckpoint(
-            f"{where}: transformers cannot build this model: {error}"
-        ) from error
+        raise CkptfuseError(f"{where}: transformers cannot build this model: {error}") from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[fault]:
             named = ", ".join(sorted(str(key) for key in info[fault])[:3])
@@ -64,6 +63,39 @@ def build_model(
     if not split:
         model = model.to(numerics.device_class)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _check_shapes(
+    outline: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], where: str
+) -> None:
+    """Of tensors that the model has under the same name; transformers would not name them."""
+    expected = outline.state_dict()
+    for name, tensor in state_dict.items():
+        if name in expected and expected[name].shape != tensor.shape:
+            raise DamagedCheckpoint(
+                f"{where}: the weights do not fit config.json: {name} is {list(tensor.shape)} "
+                f"where {list(expected[name].shape)} is expected"
+            )
+
+
+def _outline(folder: str, where: str, *, trusted: bool) -> tuple[Any, Any]:
+    """The configuration that lies in a folder, and its model without any values."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        # Said, not left out: transformers would ask on the terminal.
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusted
+        )
+        with torch.device("meta"):
+            # What the configuration asks for, such as flash attention, may not be installed here.
+            outline = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trusted, attn_implementation="eager"
+            )
+    except Exception as error:  # an architecture's code may do anything
+        reason = reason_of(error, folder, where)
+        raise CkptfuseError(f"{where}: transformers cannot build this model: {reason}") from error
+    return config, outline
 
 
 def load_transformers() -> None:
@@ -90,13 +122,3 @@ def load_transformers() -> None:
 def vocabulary_size(model: Any) -> int:
     """Rows of the input embedding: token ids must be below it."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def _config(config: Mapping[str, object], trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(dict(config)))
-        return AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )

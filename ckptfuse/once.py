@@ -9,7 +9,7 @@ from typing import Literal
 from ckptfuse import blocks as blocks_module
 from ckptfuse import jobs, packing
 from ckptfuse.blocks import block_digest
-from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.checkpoints import longest_context, open_checkpoint
 from ckptfuse.conversion import model_config
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.cut import Cut
@@ -41,6 +41,7 @@ def score_once(
     checkpoint: str,
     corpora: Mapping[str, str],
     *,
+    field: str = "text",
     split: Split | None = None,
     tokenizer: str | None = None,
     block_length: int | None = None,
@@ -50,6 +51,7 @@ def score_once(
     device: str = "auto",
     converter: str | None = None,
     model: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> HandScore:
     """Score one checkpoint on target text, all of it unless ``split`` is given.
@@ -57,23 +59,24 @@ def score_once(
     ``block_length`` defaults to 1,024 tokens, or the model's longest context if that is shorter.
     """
     config = model_config(model) if model else read_layout(open_checkpoint(checkpoint)).config
-    longest = config.get("max_position_embeddings")
-    length = block_length or DEFAULT_BLOCK_LENGTH
-    if block_length is None and isinstance(longest, int):
-        length = min(length, longest)
+    fitting = min(DEFAULT_BLOCK_LENGTH, longest_context(config) or DEFAULT_BLOCK_LENGTH)
+    length = block_length or fitting
     params = ScoringParams.model_validate(
         {
             "device": device,
             "converter": converter,
             "model": model,
+            "trust_remote_code": trust_remote_code,
         }
     )
     cut = Cut(length, layout=layout, stride=stride, bos=bos)
-    corpus_params = CorpusParams.of(corpora)
+    corpus_params = CorpusParams.of(corpora, field=field)
     corpus = read_corpus(corpus_params, whole=True)
     documents = documents_of(corpus, split, corpus_params) if split else corpus.domains
     jobs.prepare()  # while the text is tokenised
-    source = load_tokenizer(open_store(tokenizer or model or checkpoint))
+    source = load_tokenizer(
+        open_store(tokenizer or model or checkpoint), trust_remote_code=trust_remote_code
+    )
     with tempfile.TemporaryDirectory() as folder:
         name = _digest(corpus, source.digest, split, cut)
         built = packing.build(documents, source, digest=name, cut=cut)
@@ -87,6 +90,7 @@ def score_once(
             batch_tokens=params.batch_tokens,
             converter=converter,
             model=model,
+            trust_remote_code=trust_remote_code,
         )
         (answer,) = jobs.Here().run(request, gpus_per_job=1, progress=progress)
         if answer.failed is not None or answer.fingerprint is None:

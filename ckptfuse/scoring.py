@@ -115,7 +115,10 @@ class Scorer:
             domains = documents_of(self.corpus(), split, self.params.corpus)
             built = packing.build(
                 domains,
-                load_tokenizer(open_store(tokenizer.uri)),
+                load_tokenizer(
+                    open_store(tokenizer.uri),
+                    trust_remote_code=self.params.scoring.trust_remote_code,
+                ),
                 digest=name,
                 cut=self.params.scoring.cut,
                 tokens={n: getattr(self.params.corpus.budget(n), split) for n in domains},

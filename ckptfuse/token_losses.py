@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ckptfuse.errors import CkptfuseError
+
 #: float32 logits at a time. On a CPU they stay in the caches; a GPU wants large matrix products.
 TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
 
@@ -24,13 +26,17 @@ Tile = tuple[int, torch.Tensor]
 
 
 class TokenLosses:
-    """Losses of one causal language model of transformers', on the device where it lies."""
+    """Losses of one causal language model of transformers', on the device where it lies.
+
+    Raises CkptfuseError for a model that reads the tokens that it is to predict.
+    """
 
     def __init__(self, model: Any, *, vocabulary: int) -> None:
         self._model = model
         self.device = next(model.parameters()).device
         self._tile_bytes = TILE_BYTES["cpu" if self.device.type == "cpu" else "cuda"]
         probe = torch.arange(8, device=self.device).remainder(vocabulary).reshape(2, 4)
+        self._check_causal(probe)
         self._losses = self._by_tiles if self._suits(probe) else self._by_rows
 
     @torch.inference_mode()
@@ -67,6 +73,26 @@ class TokenLosses:
                 with _only(head, slice(start, min(start + width, size))):
                     logits = self._model(input_ids=positions, use_cache=False).logits
                 yield start, logits[0].to(self.device)  # of a model that is spread over several
+
+    @torch.inference_mode()
+    def _check_causal(self, inputs: torch.Tensor) -> None:
+        """Another last token must change what follows it, and nothing before.
+
+        transformers builds causal models of encoders too, which read both ways unless told not to.
+        """
+        others = inputs.clone()
+        others[:, -1] = inputs[:, 0]
+        logits = [
+            self._model(input_ids=tokens, use_cache=False).logits for tokens in (inputs, others)
+        ]
+        changes = (logits[1].float() - logits[0].float()).nan_to_num(0, 0, 0).abs()
+        # In bfloat16 rounding reaches earlier tokens: experts have other tokens beside them.
+        tolerance = 1e-3 if logits[0].dtype == torch.float32 else 0.1
+        if changes[:, :-1].max() > tolerance * changes[:, -1].max():
+            raise CkptfuseError(
+                "its predictions change with the tokens that come after them, so it is no causal "
+                "language model (of an encoder: config.json needs is_decoder)"
+            )
 
     @torch.inference_mode()
     def _suits(self, inputs: torch.Tensor) -> bool:

@@ -1,16 +1,15 @@
 """Tokenizers of checkpoints: their identity, and text as tokens with the bytes of each."""
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptfuse.checkpoints import TOKENIZER_FILES
+from ckptfuse.checkpoints import TOKENIZER_FILES, is_ancillary
 from ckptfuse.digests import content_digest, digest
 from ckptfuse.errors import CorpusError
+from ckptfuse.own_code import offered, reason_of
 from ckptfuse.store import Store
 
 
@@ -32,8 +31,11 @@ def tokenizer_files_digest(store: Store) -> str | None:
     return digest(contents) if contents else None
 
 
-def load_tokenizer(store: Store) -> Tokenizer:
-    """The tokenizer that lies in a folder or S3 prefix; raises CorpusError when there is none."""
+def load_tokenizer(store: Store, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer that lies in a folder or S3 prefix; raises CorpusError when there is none.
+
+    ``trust_remote_code``: Python that lies beside it is run where its configuration asks for it.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -44,14 +46,16 @@ def load_tokenizer(store: Store) -> Tokenizer:
             "to a folder that has them"
         )
     transformers_logging.set_verbosity_error()  # "sequence longer than ...": we cut it ourselves
-    with tempfile.TemporaryDirectory() as folder:
-        for entry in store.list(""):
-            if entry.path in TOKENIZER_FILES or entry.path == "config.json":
-                Path(folder, entry.path).write_bytes(store.read(entry.path))
+    files = {e.path: store.read(e.path) for e in store.list("") if is_ancillary(e.path)}
+    with offered(files) as folder:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # Said, not left out: transformers would ask on the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
         except Exception as error:
-            raise CorpusError(f"{store.uri}: the tokenizer cannot be loaded: {error}") from error
+            reason = reason_of(error, folder, store.uri)
+            raise CorpusError(f"{store.uri}: the tokenizer cannot be loaded: {reason}") from error
     separator = tokenizer.bos_token_id
     if separator is None:
         separator = tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""Settings of Prefect, MLflow and DVC that must stand before they are imported.
+"""Settings of Prefect, MLflow, DVC and transformers that must stand before they are imported.
 
 No telemetry, and their files in the workspace rather than in the user's home. A value that the
 user's environment already has stands.
@@ -31,4 +31,5 @@ def prepare(workspace: Path) -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(workspace.resolve() / "prefect"))
     os.environ.setdefault("MPLCONFIGDIR", str(workspace.resolve() / "cache" / "matplotlib"))
+    os.environ.setdefault("HF_MODULES_CACHE", str(workspace.resolve() / "cache" / "modules"))
     os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")

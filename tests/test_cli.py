@@ -78,10 +78,12 @@ def test_a_corpus_line_that_is_no_json_is_named(project: Project) -> None:
     [
         (["score", "ckpt"], "Missing option '--corpus'"),
         (["score", "ckpt", "--corpus", "file.jsonl"], "NAME=PATH is expected"),
+        (["score", "ckpt", "--corpus", "a=b", "--corpus", "a=c"], "'a' is given twice"),
         (["score", "ckpt", "--corpus", "a=b", "--split", "test"], "selection, audit or report"),
         (["merge", "out", "ckpt"], "CHECKPOINT=WEIGHT is expected"),
         (["merge", "out", "ckpt=heavy"], "a weight is no number"),
         (["merge", "out", "ckpt=0.5", "--dtype", "int8"], "float32, bfloat16 or float16"),
+        (["merge", "out", "ckpt=inf"], "finite numbers"),
         (["fuze"], "No such command 'fuze'"),
     ],
 )

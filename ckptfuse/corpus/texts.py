@@ -22,7 +22,7 @@ _ROWS = 64
 def texts(
     file: CorpusFile, field: str, *, read: Callable[[int], None] = lambda size: None
 ) -> Iterator[str]:
-    """The texts of a file, empty ones left out; ``read`` is told of bytes that came.
+    """The texts of a file, empty ones and nulls left out; ``read`` is told of bytes that came.
 
     ``field`` names the text in a JSON object, and the column in Parquet. Raises CorpusError naming
     the file, and the line or the column, that cannot be used.
@@ -33,7 +33,7 @@ def texts(
         yield from filter(None, found(file, raw, field))
 
 
-def _of_stream(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str]:
+def _of_stream(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str | None]:
     stream = io.BufferedReader(raw, _BUFFER)
     if file.compression is None:
         yield from _of_bytes(file, stream, field)
@@ -49,7 +49,7 @@ def _of_stream(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str]:
         ) from error
 
 
-def _of_bytes(file: CorpusFile, stream: BinaryIO, field: str) -> Iterator[str]:
+def _of_bytes(file: CorpusFile, stream: BinaryIO, field: str) -> Iterator[str | None]:
     if file.form == "jsonl":
         yield from _of_lines(file.uri, stream, field)
         return
@@ -59,7 +59,7 @@ def _of_bytes(file: CorpusFile, stream: BinaryIO, field: str) -> Iterator[str]:
         raise CorpusError(f"{file.uri}: not UTF-8 text: {error}") from error
 
 
-def _of_lines(uri: str, stream: BinaryIO, field: str) -> Iterator[str]:
+def _of_lines(uri: str, stream: BinaryIO, field: str) -> Iterator[str | None]:
     # Only \n ends a line: U+2028 and its like may stand inside a JSON string.
     for number, line in enumerate(stream, start=1):
         try:
@@ -70,19 +70,21 @@ def _of_lines(uri: str, stream: BinaryIO, field: str) -> Iterator[str]:
             yield _field_of(text, field, f"{uri}, line {number}")
 
 
-def _field_of(line: str, field: str, where: str) -> str:
+def _field_of(line: str, field: str, where: str) -> str | None:
     try:
         text = json.loads(line)[field]
+        if text is None:
+            return None
         text.encode()  # a lone surrogate is no text
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorpusError(
             f'{where}: expected a JSON object with a string "{field}": {error!r}; another name of '
-            "the text is set by corpus.domains.NAME.field"
+            "the text is set by corpus.domains.NAME.field (--field)"
         ) from error
     return str(text)
 
 
-def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str]:
+def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -92,7 +94,7 @@ def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str]:
         table = pq.ParquetFile(pa.PythonFile(raw, "r"), buffer_size=_BUFFER, pre_buffer=False)
         _check_column(uri, table.schema_arrow, field)
         for batch in table.iter_batches(batch_size=_ROWS, columns=[field], use_threads=False):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+            yield from batch.column(0).to_pylist()
     except UnicodeDecodeError as error:
         raise CorpusError(f"{uri}, column {field!r}: not UTF-8 text: {error}") from error
     except (pa.ArrowException, OSError) as error:
@@ -106,12 +108,13 @@ def _check_column(uri: str, schema: Any, field: str) -> None:
 
     if field not in schema.names:
         raise CorpusError(
-            f"{uri}: no column {field!r}; set corpus.domains.NAME.field to the one that holds the "
-            f"text: {', '.join(schema.names)}"
+            f"{uri}: no column {field!r}; set corpus.domains.NAME.field (--field) to the one that "
+            f"holds the text: {', '.join(schema.names)}"
         )
     kind = schema.field(field).type
     value = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_string(value) or types.is_large_string(value)):
+    are_strings = (types.is_string, types.is_large_string, types.is_string_view)
+    if not any(are(value) for are in are_strings):
         raise CorpusError(f"{uri}, column {field!r}: strings are expected, it holds {kind}")
 
 

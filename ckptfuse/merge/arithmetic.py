@@ -88,8 +88,7 @@ def round_into(output: Array, total: Array) -> bool:
     """Round sums to ``output``'s dtype, to nearest, ties to even; False unless all are finite."""
     if total.dtype == np.float64 and output.dtype == DTYPES["BF16"]:
         total = _to_odd_float32(total)  # a cast by way of float32 would round twice
-    with np.errstate(over="ignore", invalid="ignore"):  # the answer says it
-        np.copyto(output, total, casting="unsafe")
+    np.copyto(output, total, casting="unsafe")
     return _is_finite(output)
 
 

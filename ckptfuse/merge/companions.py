@@ -2,7 +2,7 @@
 
 import json
 
-from ckptfuse.checkpoints import ANCILLARY_FILES, CONFIG, INDEX, METADATA, Contents
+from ckptfuse.checkpoints import CONFIG, INDEX, METADATA, Contents, is_ancillary
 from ckptfuse.digests import content_digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.fingerprints import copy_file
@@ -50,8 +50,8 @@ def _ancillary_files(inputs: Inputs) -> dict[str, bytes]:
     """Configuration, tokenizer and index of a Hugging Face folder."""
     newest = inputs.ancillary.checkpoint
     source = newest.store()
-    wanted = ANCILLARY_FILES | {INDEX}
-    small = {e.path: source.read(e.path) for e in newest.files if e.path in wanted}
+    wanted = (e.path for e in newest.files if is_ancillary(e.path) or e.path == INDEX)
+    small = {path: source.read(path) for path in wanted}
     if CONFIG not in small:
         raise ConfigurationError(
             f"{newest.uri} has no {CONFIG}, which a Hugging Face folder needs; put the model's "

@@ -229,7 +229,10 @@ def _done(place: Store, key: str) -> Contents:
     if isinstance(place, FolderStore) and not place.root.is_dir():
         return done
     for path in _journals(place):
-        about = json.loads(place.read(path))
+        try:
+            about = json.loads(place.read(path))
+        except ValueError:  # a disk that lost what was written: the file is made again
+            continue
         try:
             present = place.stat(about["file"])
         except MissingFile:

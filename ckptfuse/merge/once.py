@@ -1,6 +1,7 @@
 """Merge by hand: no service and no parameters file."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from ckptfuse.checkpoints import Contents, distributed_metadata, open_checkpoint
@@ -34,6 +35,11 @@ def merge_once(
     used_weights = [weight for weight in chosen if weight]
     signatures = [checkpoint.signature for checkpoint in [*used, opened[-1]]]
     key = digest([signatures, [weight.hex() for weight in used_weights], recipe.describe()])
+    if isinstance(target, FolderStore) and _cannot_be_renamed_to(target.root):
+        raise ConfigurationError(
+            f"{out} is a link or a mounted folder, and a merge appears as a new one; name a folder "
+            "inside it"
+        )
     if _is_taken(target) and not is_unfinished(target, key):
         raise ConfigurationError(f"{out} is there already and not empty; choose another place")
     return write_and_identify(inputs, used_weights, key, target, progress)
@@ -43,6 +49,10 @@ def form_of(uri: str) -> Literal["safetensors", "dcp"]:
     """The form of a checkpoint that a merge keeps unless told otherwise."""
     paths = (entry.path for entry in open_checkpoint(uri).files)
     return "dcp" if distributed_metadata(paths) is not None else "safetensors"
+
+
+def _cannot_be_renamed_to(folder: Path) -> bool:
+    return folder.is_symlink() or folder.is_mount()
 
 
 def _is_taken(target: Store) -> bool:

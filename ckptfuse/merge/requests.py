@@ -160,25 +160,30 @@ class Requests:
             buffer[place].view(dtype) if place else scratch.take(f"merged {v}", dtype, count)
             for v, buffer in enumerate(buffers)
         ]
-        for first in range(0, count, self.block_elements):
-            block = slice(first, first + self.block_elements)
-            blocks = [None if part is None else part[block] for part in given]
-            sums = weighted_sums(blocks, self.vectors, scratch)
-            for result, total in zip(merged, sums, strict=True):
-                if not round_into(result[block], total):
-                    self._blame(spans, given, dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # the answer of round_into says it
+            for first in range(0, count, self.block_elements):
+                block = slice(first, first + self.block_elements)
+                blocks = [None if part is None else part[block] for part in given]
+                sums = weighted_sums(blocks, self.vectors, scratch)
+                for result, total in zip(merged, sums, strict=True):
+                    if not round_into(result[block], total):
+                        self._blame(spans, given, first, result[block])
         if place is None:
             for buffer, result in zip(buffers, merged, strict=True):
                 _place(spans, result.view(np.uint8), begin, buffer)
 
     def _blame(
-        self, spans: list[Span], parts: Sequence[Array | None], output: np.dtype[np.generic]
+        self, spans: list[Span], parts: Sequence[Array | None], first: int, result: Array
     ) -> None:
+        """Raise NonFiniteValues: ``result``, elements from ``first`` on, holds NaN or Inf."""
         for source, part in zip(self.sources, parts, strict=True):
             if source is not None and part is not None:
                 _check_finite(spans, part, source.layout)
+        at = first + int(np.flatnonzero(~np.isfinite(result))[0])
+        ends = np.cumsum([span.count for span in spans])
+        span = spans[int(np.searchsorted(ends, at, side="right"))]
         raise NonFiniteValues(
-            f"tensor {_names(spans)}: the merge overflows {output} although every input is "
+            f"tensor {_names([span])}: the merge overflows {result.dtype} although every input is "
             "finite; ask for a wider output dtype (fuse.dtype)",
             checkpoint="",
         )

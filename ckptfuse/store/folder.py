@@ -55,7 +55,7 @@ class FolderStore:
         while pending:
             self._throttle.wait(0)
             folder = pending.pop()
-            for found in _scan(f"{self.root}/{folder}"):
+            for found in _scan(f"{self.root}/{folder}", is_top=not folder):
                 path = folder + found.name
                 if found.is_dir():
                     if not found.is_symlink():
@@ -66,7 +66,7 @@ class FolderStore:
     def folders(self) -> tuple[str, ...]:
         self._check_root()
         self._throttle.wait(0)
-        found = _scan(str(self.root))
+        found = _scan(str(self.root), is_top=True)
         return tuple(sorted(f.name for f in found if f.is_dir() and not f.is_symlink()))
 
     def _check_root(self) -> None:
@@ -125,10 +125,13 @@ class FolderStore:
     def _new_file(self, path: str) -> Iterator[int]:
         """A temporary file's descriptor; synced and renamed when the context ends well."""
         target = self.path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except OSError as error:
+            raise StoreError(f"cannot write {target}: {error}") from error
+        try:
             try:
                 yield descriptor
                 os.fsync(descriptor)
@@ -158,13 +161,21 @@ class FolderStore:
             raise StoreError(f"{self.uri}/{path}: permission denied") from error
 
 
-def _scan(folder: str) -> list[os.DirEntry[str]]:
-    """What a folder holds; nothing when it was removed since it was listed."""
+def _scan(folder: str, *, is_top: bool) -> list[os.DirEntry[str]]:
+    """What a folder holds; nothing when it was removed since it was listed.
+
+    One that may not be read says so at the top of a store; below it (a ``lost+found``) it is
+    passed over.
+    """
     try:
         with os.scandir(folder) as found:
             return list(found)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        if isinstance(error, PermissionError) and not is_top:
+            return []
+        raise StoreError(f"{folder.rstrip('/')}: cannot be listed: {error.strerror}") from error
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:

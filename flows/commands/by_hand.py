@@ -18,6 +18,7 @@ def score(
         list[str],
         typer.Option(help="NAME=PATH: JSON lines, text, Parquet, or a folder of them; repeatable."),
     ],
+    field: Annotated[str, typer.Option(help="The field or column of the text.")] = "text",
     split: Annotated[
         str | None, typer.Option(help="selection, audit or report  [default: all the text]")
     ] = None,
@@ -44,10 +45,13 @@ def score(
         str | None,
         typer.Option(help="Folder with config.json and tokenizer, where the checkpoint has none."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python of a model with its own.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score one checkpoint on text files: loss, perplexity, bits per byte."""
-    corpora = dict(pair(item, "--corpus", "NAME=PATH") for item in corpus)
+    corpora = domains_of(corpus, "--corpus")
     _check_choice("--split", split, (None, "selection", "audit", "report"))
     _check_choice("--layout", layout, ("packed", "rolling"))
     _check_choice("--bos", bos, ("document", "none"))
@@ -59,6 +63,7 @@ def score(
         result = score_once(
             checkpoint,
             corpora,
+            field=field,
             split=split,  # type: ignore[arg-type]
             tokenizer=tokenizer,
             block_length=block_length,
@@ -68,6 +73,7 @@ def score(
             device=device,
             converter=converter,
             model=model,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     print_score(result, checkpoint, stdout=stdout, stderr=stderr, as_json=as_json)
@@ -93,8 +99,7 @@ def corpus(
     from flows.show import print_corpus, reading_bar
 
     if domains:
-        pairs = dict(pair(item, "domain", "NAME=PATH") for item in domains)
-        chosen = CorpusParams.of(pairs, field=field)
+        chosen = CorpusParams.of(domains_of(domains, "domain"), field=field)
     else:
         chosen = load_params(params).corpus
     with reading_bar(stderr) as read:
@@ -145,13 +150,18 @@ def merge(
     _check_choice("--dtype", dtype, (None, "float32", "bfloat16", "float16"))
     _check_choice("--form", form, (None, "safetensors", "dcp"))
     _check_choice("--optimizer", optimizer, ("newest", "average", "none"))
+    from ckptfuse.fusion import Recipe, check_weights
+
+    check_weights(weights)
     if abs(sum(weights) - 1) > 1e-6:
         stderr.print(f"note: the weights sum to {sum(weights):g}; they are used as given")
     _cap_reads(megabytes_per_second, requests_per_second)
-    from ckptfuse.fusion import Recipe
     from ckptfuse.merge.once import form_of, merge_once
     from flows.progress import merging_bar
 
+    form = form or form_of(pairs[-1][0])
+    if form == "safetensors" and (optimizer != "newest" or master):
+        raise ConfigurationError("--optimizer and --master are for distributed checkpoints")
     with merging_bar(stderr) as progress:
         spec, contents = merge_once(
             out,
@@ -160,7 +170,7 @@ def merge(
             recipe=Recipe(
                 dtype=dtype,
                 copied=tuple(copy or ()),
-                form=form or form_of(pairs[-1][0]),  # type: ignore[arg-type]
+                form=form,  # type: ignore[arg-type]
                 optimizer=optimizer,  # type: ignore[arg-type]
                 masters=tuple(master or ()),
                 strict=strict,
@@ -170,6 +180,19 @@ def merge(
     size = sum(size for size, _ in contents.values())
     stderr.print(f"{len(contents)} files, {size / 1e6:.1f} MB, fusion {spec.id[:16]}")
     stdout.print(out, markup=False)
+
+
+def domains_of(items: list[str], what: str) -> dict[str, str]:
+    """Paths by name, of which each is given once."""
+    corpora: dict[str, str] = {}
+    for name, path in (pair(item, what, "NAME=PATH") for item in items):
+        if name in corpora:
+            raise ConfigurationError(
+                f"{what} {name!r} is given twice; put its files into one folder, or give each a "
+                "name of its own"
+            )
+        corpora[name] = path
+    return corpora
 
 
 def _check_choice(option: str, value: str | None, accepted: tuple[str | None, ...]) -> None:

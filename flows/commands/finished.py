@@ -8,7 +8,7 @@ import typer
 import yaml
 
 from ckptfuse.errors import ConfigurationError
-from flows.commands.by_hand import pair
+from flows.commands.by_hand import domains_of
 from flows.commands.console import stderr, stdout
 from flows.commands.service import ParamsOption, load, log_to_stderr, preflight, sentence
 
@@ -67,7 +67,7 @@ def _given(
     from ckptfuse.given import params_given
 
     base, has_file = _base(params)
-    corpora = dict(pair(item, "--corpus", "NAME=PATH") for item in corpus)
+    corpora = domains_of(corpus, "--corpus")
     uri = bucket or base.bucket
     if uri is None or not (corpora or base.corpus.domains):
         raise ConfigurationError(
@@ -137,10 +137,8 @@ def study(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare rules and window lengths on a finished trajectory, by audit loss."""
-    corpora = dict(pair(item, "--corpus", "NAME=PATH") for item in corpus)
-    outside = dict(
-        pair(item, "--out-of-distribution", "NAME=PATH") for item in out_of_distribution or []
-    )
+    corpora = domains_of(corpus, "--corpus")
+    outside = domains_of(out_of_distribution or [], "--out-of-distribution")
     sizes = _sizes(windows)
     if tokens_per_step is not None and not tokens_per_step > 0:
         raise ConfigurationError(f"--tokens-per-step {tokens_per_step:g}: more than 0 is expected")

@@ -63,8 +63,14 @@ def test_json_lines_are_read_plain_and_compressed(
     assert read(tmp_path / name) == sorted(TEXTS)
 
 
+def test_nulls_and_empty_texts_of_json_lines_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": ""}\n{"text": "a"}\n')
+    assert read(tmp_path / "a.jsonl") == ["a"]
+
+
 @pytest.mark.parametrize(
-    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+    "kind",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
 )
 def test_parquet_is_read_whatever_its_kind_of_strings(tmp_path: Path, kind: pa.DataType) -> None:
     write_parquet(tmp_path / "a.parquet", [None, "", *TEXTS], kind)
@@ -117,7 +123,9 @@ def test_s3_gives_what_a_folder_gives(moto_s3: S3Server, tmp_path: Path) -> None
 # -- what cannot be used -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '"text"', '{"text": 3}', "[1]"])
+@pytest.mark.parametrize(
+    "line", ["{", '{"txt": "a"}', '"text"', '{"text": 3}', "[1]", '{"a":' * 100_000]
+)
 def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "fine"}}\n\n{line}\n')

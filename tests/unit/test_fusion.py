@@ -132,6 +132,28 @@ def test_a_place_that_is_taken_is_refused_and_left_alone(tmp_path: Path) -> None
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_place_that_cannot_be_renamed_to_is_refused_before_a_merge(tmp_path: Path) -> None:
+    three(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigurationError, match="a link or a mounted folder"):
+        merge_once(str(tmp_path / "out"), [str(tmp_path / "step0")], [1.0])
+    merge_once(str(tmp_path / "out" / "inside"), [str(tmp_path / "step0")], [1.0])
+    assert (tmp_path / "elsewhere" / "inside" / "model.safetensors").is_file()
+
+
+def test_a_journal_that_a_disk_lost_costs_its_file_and_no_merge(tmp_path: Path) -> None:
+    three(tmp_path)
+    inputs = opened(tmp_path)
+    spec = spec_of(inputs, WEIGHTS)
+    place = unfinished_folder(tmp_path / "out", spec.id)
+    merge_shard(inputs, spec, FolderStore(tmp_path / "out"), 0, 1)
+    (journal,) = (path for path in place.iterdir() if path.name.startswith(JOURNAL))
+    journal.write_bytes(b"")
+    contents = write_fusion(inputs, spec, FolderStore(tmp_path / "out"))
+    assert set(folder_bytes(tmp_path / "out")) == set(contents)
+
+
 def test_the_fusion_id_ignores_inputs_of_weight_zero_and_knows_all_else() -> None:
     spec = FusionSpec(("a", "b"), (0.5, 0.5), "b")
     assert FusionSpec(("a", "z", "b"), (0.5, 0.0, 0.5), "b").id == spec.id

@@ -363,6 +363,27 @@ def test_an_overflow_of_the_output_dtype_is_no_checkpoints_fault(tmp_path: Path)
     assert caught.value.checkpoint == ""
 
 
+def test_of_neighbours_the_one_that_overflows_is_named(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(3), "b": torch.tensor([1.0, 1e6]), "c": torch.ones(5)}
+    write_checkpoint(tmp_path / "step0", tensors)
+    with pytest.raises(NonFiniteValues, match=r"tensor 'b': the merge overflows"):
+        merge_to_memory(opened(tmp_path, 1, dtype="float16"), (1.0,))
+
+
+@pytest.mark.filterwarnings("error")
+def test_sums_that_overflow_are_told_without_a_warning(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "step0", {"w": torch.tensor([3e38])})
+    with pytest.raises(NonFiniteValues, match="'w'"):
+        merge_to_memory(opened(tmp_path, 1), (2.0,))
+
+
+def test_a_form_to_resume_from_needs_distributed_checkpoints(tmp_path: Path) -> None:
+    three(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path / "step0"))
+    with pytest.raises(ConfigurationError, match="step0 is no distributed checkpoint"):
+        open_inputs([checkpoint], checkpoint, Recipe(form="dcp"))
+
+
 def test_weights_must_fit_the_inputs_and_be_usable(tmp_path: Path) -> None:
     three(tmp_path)
     with pytest.raises(ConfigurationError, match="2 weights for 3 inputs"):

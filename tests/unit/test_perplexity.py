@@ -129,8 +129,7 @@ def test_a_model_is_scored_in_the_dtype_that_was_asked_for(llama: Loaded) -> Non
     [
         ({"num_hidden_layers": 3}, "missing keys, first model.layers.2"),
         ({"num_hidden_layers": 1}, "unexpected keys, first model.layers.1"),
-        ({"model_type": "no-such-model"}, "cannot build this model"),
-        ({"vocab_size": 95}, "checkpoint-100"),
+        ({"vocab_size": 95}, r"embed_tokens.weight is \[96, 32\] where \[95, 32\] is expected"),
     ],
 )
 def test_weights_that_do_not_fit_their_configuration_are_not_scored(
@@ -139,6 +138,13 @@ def test_weights_that_do_not_fit_their_configuration_are_not_scored(
     config = {**llama.layout.config, **changes}
     with pytest.raises(DamagedCheckpoint, match=said):
         build_model(config, llama.state_dict, numerics=FLOAT32, where="checkpoint-100")
+
+
+def test_a_model_that_is_unknown_here_is_no_fault_of_its_checkpoint(llama: Loaded) -> None:
+    config = {**llama.layout.config, "model_type": "no-such-model"}
+    with pytest.raises(CkptfuseError, match="cannot build this model") as raised:
+        build_model(config, llama.state_dict, numerics=FLOAT32, where="checkpoint-100")
+    assert not isinstance(raised.value, DamagedCheckpoint)
 
 
 def test_a_model_that_is_spread_over_its_devices_has_the_same_losses(llama: Loaded) -> None:

@@ -364,6 +364,43 @@ def test_a_missing_folder_is_no_empty_folder(tmp_path: Path) -> None:
         FolderStore(tmp_path / "absent").list("")
 
 
+def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "seen").touch()
+    (tmp_path / "lost+found").chmod(0)
+    (tmp_path / "closed").chmod(0)
+    with as_nobody(tmp_path):
+        assert FolderStore(tmp_path).names() == ("seen",)
+        for ask in (FolderStore.list, FolderStore.folders):
+            with pytest.raises(StoreError, match=r"closed: cannot be listed: Permission denied"):
+                ask(FolderStore(tmp_path / "closed"))
+
+
+def test_what_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"in the way")
+    with pytest.raises(StoreError, match="cannot write"):
+        FolderStore(tmp_path / "file" / "below").write("a", b"")
+    with pytest.raises(StoreError, match="cannot write"):
+        FolderStore(tmp_path).write("n" * 300, b"")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@contextlib.contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """root may read everything: within, this process is somebody else, who can reach ``folder``."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for parent in (folder, *folder.parents[:-2]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
 def test_a_missing_bucket_is_named(moto_s3: S3Server) -> None:
     with pytest.raises(StoreError, match="nowhere"):
         open_store("s3://nowhere/prefix").list("")

@@ -1,0 +1,37 @@
+"""Models and tokenizers that are Python files beside their configuration (its ``auto_map``).
+
+transformers reads them from a folder, and runs them only where the caller trusts them.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ckptfuse.checkpoints import is_code
+from ckptfuse.digests import content_digest, digest
+
+
+@contextmanager
+def offered(files: Mapping[str, bytes]) -> Iterator[str]:
+    """A folder with these files, for transformers to read.
+
+    transformers keeps a copy of code by the folder's name, for good: the same code has the same.
+    """
+    code = sorted([path, content_digest(data)] for path, data in files.items() if is_code(path))
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, f"model_{digest(code)[:16]}")
+        folder.mkdir()
+        for path, data in files.items():
+            (folder / path).write_bytes(data)
+        yield str(folder)
+
+
+def reason_of(error: Exception, folder: str, where: str) -> str:
+    """What transformers says, of the place that the files are from; and how code is trusted."""
+    if "trust_remote_code" in str(error):
+        return (
+            "its configuration asks for code that lies beside it (auto_map), which is run only "
+            "where scoring.trust_remote_code (--trust-remote-code) allows it"
+        )
+    return str(error).replace(folder, where)
