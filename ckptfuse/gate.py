@@ -103,7 +103,7 @@ def best_member(members: list[Member]) -> Member:
 
 def declined_streak(verdicts: Iterable[GateRecord]) -> int:
     """How many of the newest, in the order of training, were declined since one last passed."""
-    newest_first = sorted(verdicts, key=lambda verdict: verdict.step, reverse=True)
+    newest_first = sorted(verdicts, key=lambda v: (v.step, v.test), reverse=True)
     return sum(1 for _ in takewhile(lambda v: v.verdict == "declined", newest_first))
 
 

@@ -9,13 +9,14 @@ only those are listed that are new or recent (`look_again`).
 """
 
 import heapq
+import re
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
-from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, MissingFile
+from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, StoreError
 from ckptfuse.layouts import read_layout
 from ckptfuse.names import parse_name
 from ckptfuse.records import CheckpointRecord, QuarantineRecord
@@ -40,7 +41,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a bucket holds now: complete checkpoints by step, and those that do not count."""
+    """What a bucket holds now: complete checkpoints as trained, and those that do not count."""
 
     complete: tuple[Listed, ...] = ()
     incomplete: tuple[Refused, ...] = ()
@@ -95,7 +96,7 @@ def look_again(
     among the ``recent`` highest steps. A checkpoint that was written over further back is not seen.
     """
     known = {name: remembered[name] for name in names if name in remembered}
-    newest = heapq.nlargest(recent, known, key=lambda name: (known[name].step, name))
+    newest = heapq.nlargest(recent, known, key=lambda name: _by_training(known[name]))
     for name in newest:
         del known[name]
     folders = [
@@ -130,12 +131,19 @@ def _sort_out(
             if checkpoint.signature not in conventions.known:
                 architectures[checkpoint.signature] = read_layout(checkpoint).architecture
             complete.append(checkpoint)
-        except (IncompleteCheckpoint, MissingFile) as error:
+        except (IncompleteCheckpoint, StoreError) as error:  # deleted meanwhile, or not readable
             incomplete.append(Refused(checkpoint, str(error)))
         except DamagedCheckpoint as error:
             damaged.append(Refused(checkpoint, str(error)))
-    complete.sort(key=lambda checkpoint: (checkpoint.step, checkpoint.name))
+    complete.sort(key=_by_training)
     return Listing(tuple(complete), tuple(incomplete), tuple(damaged), architectures)
+
+
+def _by_training(checkpoint: Listed) -> tuple[str, int, str]:
+    """Stages one after the other, since each may count its steps from 0."""
+    stage = None if isinstance(checkpoint, QuarantineRecord) else checkpoint.stage
+    numbered = re.sub(r"\d+", lambda digits: digits[0].zfill(20), stage or "")
+    return numbered, checkpoint.step, checkpoint.name
 
 
 def _folders(listed: Iterable[Entry]) -> dict[str, list[Entry]]:

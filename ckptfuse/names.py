@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from ckptfuse.errors import ConfigurationError
 
+#: What MLflow's database holds of a step: a date may be one, a hash of digits is none.
+_LARGEST_STEP = 2**63 - 1
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 #: Folder names of the field, most specific first. Groups: step, stage, tokens, unit.
@@ -35,18 +37,21 @@ def parse_name(name: str, pattern: str | None = None) -> ParsedName | None:
     ``stage``, ``tokens`` and ``unit``) that replaces the table; it must match the whole name.
     """
     for convention in [pattern] if pattern else CONVENTIONS:
-        match = re.fullmatch(convention, name)
+        match = re.fullmatch(convention, name, re.ASCII)
         if match:
             return _parsed(match.groupdict())
     return None
 
 
 def _parsed(groups: Mapping[str, str | None]) -> ParsedName | None:
-    """None where a pattern as wide as ``(?P<step>.+)`` caught something that is no number."""
+    """None where a pattern as wide as ``(?P<step>.+)`` caught something that is no step."""
     tokens, unit = groups.get("tokens"), groups.get("unit") or ""
     try:
+        step = int(groups["step"] or "")
+        if not 0 <= step <= _LARGEST_STEP:
+            return None
         return ParsedName(
-            step=int(groups["step"] or ""),
+            step=step,
             stage=groups.get("stage"),
             tokens=None if tokens is None else round(float(tokens) * _UNITS[unit.upper()]),
         )

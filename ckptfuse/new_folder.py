@@ -6,16 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ckptfuse.errors import StoreError
+
 
 @contextmanager
 def new_folder(folder: Path, *, last: str) -> Iterator[Path]:
     """A temporary folder to write into, which is ``folder`` from the end of the block on.
 
     ``last`` names a file of it by which another process's is known to be whole: that one stays.
+    Raises StoreError where the disk does not take it.
     """
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise StoreError(f"cannot write {folder}: {error}") from error
     try:
         temporary.rename(folder)
     except OSError:  # another process made the same one first

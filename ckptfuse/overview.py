@@ -1,6 +1,6 @@
 """A trajectory at a glance, from the records alone: the rows of ``status``, report and demo."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -9,6 +9,7 @@ from ckptfuse.curves import first_reached
 from ckptfuse.gate import best_member
 from ckptfuse.losses import combine
 from ckptfuse.promotion import champion
+from ckptfuse.published import in_order as in_publication_order
 from ckptfuse.records import (
     CheckpointRecord,
     CorpusRecord,
@@ -53,8 +54,9 @@ class Overview:
 def overview(service: Service, split: Split = "report") -> Overview:
     """Read the records; ``split`` is where the losses are quoted from."""
     records = service.records
-    plans = {plan.ancillary: plan for plan in plans_of(service).values()}
+    plans = plans_of(service)
     gates = {gate.window: gate for gate in records.all(GateRecord).values()}
+    latest = _latest(plans.values(), gates)
     skips = records.all(SkipRecord)
     science, corpus = service.params.scientific_digest(), service.scorer.corpus_digest()
     publications = {p.window: p for p in records.all(PublicationRecord).values()}
@@ -66,7 +68,9 @@ def overview(service: Service, split: Split = "report") -> Overview:
     single = service.params.window.model_copy(update={"minimum": 1})  # best single: of any number
     for window in windows(ordered, single):
         checkpoint, key = window.newest, window_key(window.newest, science, corpus)
-        plan = plans.get(checkpoint.fingerprint)
+        plan = plans.get(key)
+        if plan is None and key not in skips:  # decided under other parameters, and not again
+            plan = latest.get((checkpoint.fingerprint, checkpoint.step))
         row = Row(
             checkpoint.name,
             checkpoint.step,
@@ -85,9 +89,17 @@ def overview(service: Service, split: Split = "report") -> Overview:
         rows=tuple(rows),
         quarantined=tuple(records.all(QuarantineRecord).values()),
         champion=present,
-        publications=tuple(sorted(publications.values(), key=lambda p: int(p.version))),
+        publications=tuple(in_publication_order(service, publications.values())),
         corpus=known_survey(service),
     )
+
+
+def _latest(
+    plans: Iterable[PlanRecord], gates: Mapping[str, GateRecord]
+) -> dict[tuple[str, int], PlanRecord]:
+    """Of each newest checkpoint (its fingerprint and step) the plan that was tested last."""
+    tested = sorted(plans, key=lambda p: gates[p.window].test if p.window in gates else 0)
+    return {(plan.ancillary, plan.step): plan for plan in tested}
 
 
 def _best_single(

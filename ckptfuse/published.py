@@ -1,4 +1,6 @@
-"""Which published fusion a person means: by tag, step, version or the beginning of its id."""
+"""Published fusions in their order; and which one a person means: by tag, step, version or id."""
+
+from collections.abc import Iterable
 
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.records import GateRecord, PublicationRecord
@@ -9,9 +11,15 @@ _SHOWN = 8
 
 
 def publications(service: Service) -> list[PublicationRecord]:
-    """All that was ever published, one of each fusion, in the order of versions."""
-    found = {r.fusion: r for r in service.records.all(PublicationRecord).values()}
-    return sorted(found.values(), key=lambda record: int(record.version))
+    """All that was ever published, one of each fusion, in the order of publication."""
+    found = in_order(service, service.records.all(PublicationRecord).values())
+    return list({record.fusion: record for record in found}.values())
+
+
+def in_order(service: Service, records: Iterable[PublicationRecord]) -> list[PublicationRecord]:
+    """By publication, which follows the gate's tests. Versions begin anew on another server."""
+    tests = {gate.window: gate.test for gate in service.records.all(GateRecord).values()}
+    return sorted(records, key=lambda r: (tests.get(r.window, 0), int(r.version)))
 
 
 def find_publication(service: Service, name: str) -> PublicationRecord:

@@ -381,7 +381,10 @@ class Records:
         try:
             return kind.model_validate_json(text)
         except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
             raise RecordError(
                 f"{self.store.uri}/{kind.kind}/{key}.json is not a {kind.kind} record of schema "
-                f"{SCHEMA}: {error}"
+                f"{SCHEMA} ({where + ': ' if where else ''}{first['msg']}). Take it from a backup, "
+                "or remove it: what it said is found, or decided, again"
             ) from error

@@ -16,7 +16,7 @@ from ckptfuse.service import Service
 def why_kept(service: Service, aliases: Mapping[str, str]) -> dict[str, str]:
     """Fusion -> why it stays, of all published ones; whatever is not in it goes.
 
-    ``aliases`` are the registry's: name -> version. Raises ConfigurationError when
+    ``aliases`` are the registry's: name -> fusion. Raises ConfigurationError when
     ``retention.keep`` names something that was never published.
     """
     known = publications(service)
@@ -26,8 +26,8 @@ def why_kept(service: Service, aliases: Mapping[str, str]) -> dict[str, str]:
     if known:
         reasons[known[-1].fusion] = "the newest"
     reasons |= {record.fusion: "it waits for its veto" for record in waiting(service)}
-    for alias, version in aliases.items():
-        reasons |= {r.fusion: f"alias {alias}" for r in known if r.version == version}
+    published = {record.fusion for record in known}
+    reasons |= {fusion: f"alias {a}" for a, fusion in aliases.items() if fusion in published}
     for record, why in zip(reversed(standing(service)[-2:]), _CHAMPIONS, strict=False):
         reasons[record.fusion] = why
     retired = service.records.all(RetirementRecord)

@@ -58,18 +58,20 @@ def generation_of(
     """The generation that a newly read checkpoint belongs to, from 1.
 
     A step at or below one that is already known, written after it, is a rollback and opens a new
-    generation. The same bytes under a new signature (a copy, a touched file) change nothing.
+    generation; so does a stage that counts its steps anew. The same bytes under a new signature (a
+    copy, a touched file) change nothing.
     """
-    newest = 1
-    for record in known:
+    records = list(known)
+    for record in records:
         if (record.fingerprint, record.step) == (fingerprint, checkpoint.step):
             return record.generation
-        newest = max(newest, record.generation)
+    before = [record for record in records if record.stage == checkpoint.stage] or records
+    newest = max((record.generation for record in before), default=1)
     rolled_back = any(
         record.generation == newest
         and record.step >= checkpoint.step
         and record.modified < checkpoint.modified
-        for record in known
+        for record in before
     )
     return newest + 1 if rolled_back else newest
 

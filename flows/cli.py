@@ -4,6 +4,7 @@ Exit status: 0 done or nothing to do, 1 fault, 2 usage or configuration, 3 decli
 imports stay inside the commands that need them, so that help and errors come at once.
 """
 
+import errno
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ from flows.commands import (
     stages,
 )
 from flows.commands.console import stderr
+
+#: What a disk or its owner says, and no fault of the program.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,6 +72,11 @@ def main() -> None:
     except CkptfuseError as error:
         stderr.print(f"ckptfuse: {error}", markup=False)
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        stderr.print(f"ckptfuse: {error}", markup=False)
+        sys.exit(CkptfuseError.exit_status)
 
 
 if __name__ == "__main__":

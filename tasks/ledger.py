@@ -34,6 +34,11 @@ from tasks.pipeline import MANIFEST, pipeline, template, weights_of
 from tasks.window_file import WindowFile
 
 _IDENTITY = ("user.name=ckptfuse", "user.email=ckptfuse@localhost", "commit.gpgsign=false")
+#: What of the ledger Git holds.
+_IN_GIT = (
+    ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "corpus.dvc", "params.yaml",
+    "constraints.txt", "sources.yaml", "window.yaml", str(stages.METRICS), str(stages.LOSSES),
+)  # fmt: skip
 _IGNORED = "/corpus\n/scores\n/decision.json\n/model\n/manifest.json\n"
 #: With any other type first DVC copies what it commits, where reflinks are missing.
 _SETTINGS = """[cache]
@@ -101,13 +106,15 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / ".git" / "HEAD").is_file():
             self.git("init", "--quiet", "--initial-branch=main")
-        (self.folder / ".git" / "index.lock").unlink(missing_ok=True)
+        own = self.folder / ".git"
+        for lock in (*own.glob("*.lock"), *(own / "refs").rglob("*.lock")):  # of a killed git
+            lock.unlink()
         if not self._has_commit():
             self._first_commit()
         self.git("symbolic-ref", "HEAD", "refs/heads/main")  # a push may have been at a tag
         self.git("reset", "--quiet", "--hard")
-        for lock in ("lock", "rwlock", "rwlock.lock"):
-            (self.folder / ".dvc" / "tmp" / lock).unlink(missing_ok=True)
+        for name in ("lock", "rwlock", "rwlock.lock"):
+            (self.folder / ".dvc" / "tmp" / name).unlink(missing_ok=True)
 
     def _has_commit(self) -> bool:
         try:
@@ -120,8 +127,12 @@ class Ledger:
         remove_folder(self.folder / ".dvc")
         self.dvc("init")
         self._configure(None)
-        self.git("add", "--all")
+        self._add()
         self.git("commit", "--quiet", "--message", "A ledger of fusions")
+
+    def _add(self) -> None:
+        """What belongs to a fusion; a file that somebody else put beside it does not."""
+        self.git("add", "--all", "--", *(name for name in _IN_GIT if (self.folder / name).exists()))
 
     def _configure(self, dvc_remote: str | None) -> None:
         """DVC's settings, as files: each of its commands takes a second."""
@@ -160,8 +171,8 @@ class Ledger:
         if known is None:
             self._lay_out(service, decided, verdict, fusion)
             self.dvc("commit", "--force")
-            self.git("add", "--all")
-            if self.git("status", "--porcelain"):
+            self._add()
+            if self.git("diff", "--cached", "--name-only"):
                 message = f"Step {decided.step}: fusion {decided.fusion[:12]}\n\n{verdict.reason}"
                 self.git("commit", "--quiet", "--message", message)
             self.git("tag", "--annotate", tag, "--message", verdict.reason)

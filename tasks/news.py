@@ -27,7 +27,7 @@ def judged(service: Service, verdict: GateRecord) -> None:
         return
     tell(service, "fusion.declined", verdict.step, f"step {verdict.step}: {verdict.reason}")
     streak = declined_streak(service.records.all(GateRecord).values())
-    if streak % STREAK == 0:
+    if streak and streak % STREAK == 0:
         text = f"the last {streak} fusions were declined; step {verdict.step}: {verdict.reason}"
         log.warning(text)
         tell(service, "fusion.declined-streak", verdict.step, text)

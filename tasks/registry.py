@@ -137,6 +137,13 @@ class Registry:
         found = self.client.search_registered_models(f"name = '{self.name}'")
         return {name: str(v) for model in found for name, v in model.aliases.items()}
 
+    def aliased(self) -> dict[str, str]:
+        """Alias -> the fusion that it points to."""
+        versions = self.client.search_model_versions(f"name = '{self.name}'")
+        fusions = {str(v.version): v.tags.get(FUSION_TAG) for v in versions}
+        found = {alias: fusions.get(version) for alias, version in self.aliases().items()}
+        return {alias: str(fusion) for alias, fusion in found.items() if fusion is not None}
+
     def version(self, version: str) -> Any | None:
         """MLflow's ModelVersion; None when it is not there (any more)."""
         found = self.client.search_model_versions(f"name = '{self.name}'")

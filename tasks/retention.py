@@ -175,7 +175,7 @@ def _sorted_out(
     service: Service, registry: Registry
 ) -> tuple[tuple[tuple[PublicationRecord, str], ...], tuple[PublicationRecord, ...]]:
     """What stays, with the reason, and what goes."""
-    reasons = why_kept(service, registry.aliases())
+    reasons = why_kept(service, registry.aliased())
     retired = service.records.all(RetirementRecord)
     known = [record for record in publications(service) if record.fusion not in retired]
     kept = tuple((r, reasons[r.fusion]) for r in known if r.fusion in reasons)

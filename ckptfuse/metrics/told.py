@@ -110,7 +110,8 @@ def _losses(seen: Seen) -> dict[str, float | None]:
     newest = max(seen.checkpoints.values(), key=lambda record: record.modified, default=None)
     if newest is not None:
         losses["raw"] = seen.loss(newest.fingerprint, newest.tokenizer)
-    plan = max(seen.plans.values(), key=lambda plan: plan.step, default=None)
+    tests = {gate.window: gate.test for gate in seen.all(GateRecord).values()}
+    plan = max(seen.plans.values(), key=lambda p: (p.step, tests.get(p.window, 0)), default=None)
     if plan is not None:
         losses["best_single"] = seen.loss(best_member(plan.members).fingerprint, plan.tokenizer)
         losses["fusion"] = seen.loss(plan.fusion, plan.tokenizer)

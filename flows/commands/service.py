@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ckptfuse.errors import CkptfuseError, ConfigurationError
+from ckptfuse.errors import CkptfuseError, ConfigurationError, CorpusError
 from flows.commands.console import stderr, stdout
 
 if TYPE_CHECKING:
@@ -70,8 +70,11 @@ def _look_and_go_on(watch_flow: object, file: str) -> None:
     """One scheduled look; a failure is told, and the next look tries again."""
     try:
         summary: Summary = watch_flow(file)  # type: ignore[operator]
-    except ConfigurationError:
-        raise
+    except ConfigurationError as error:
+        if not isinstance(error, CorpusError):  # a file of text may be in the making
+            raise
+        stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
+        return
     except Exception as error:  # the watch outlives a store, a server or a disk that fails
         stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
         return

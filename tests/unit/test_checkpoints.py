@@ -23,7 +23,7 @@ from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.layouts import read_layout
 from ckptfuse.listing import Conventions, Listing, find
 from ckptfuse.store import FolderStore, open_store
-from tests.helpers import CONFIG, make_older, write_checkpoint
+from tests.helpers import CONFIG, as_nobody, make_older, write_checkpoint
 from tests.servers import S3Server
 
 TENSORS = {"a": torch.ones(3), "b": torch.zeros(2, 2), "c": torch.tensor(1.0)}
@@ -377,3 +377,22 @@ def test_no_bucket_at_all_says_how_to_name_one(tmp_path: Path) -> None:
         check_bucket_uri(None)
     assert check_bucket_uri("s3://b/p") == "s3://b/p"
     assert check_bucket_uri(str(tmp_path / "x" / ".." / "y")) == str(tmp_path / "y")
+
+
+def test_a_checkpoint_that_may_not_be_read_does_not_stop_the_others(tmp_path: Path) -> None:
+    for step in (100, 200):
+        write_checkpoint(tmp_path / f"step{step}", TENSORS)
+    (tmp_path / "step100" / WEIGHTS).chmod(0)
+    (tmp_path / "step200" / WEIGHTS).chmod(0o644)
+    with as_nobody(tmp_path):
+        listing = look(tmp_path)
+    assert [checkpoint.name for checkpoint in listing.complete] == ["step200"]
+    (refused,) = listing.incomplete
+    assert "permission denied" in refused.reason
+
+
+def test_stages_follow_one_another_whatever_their_steps(tmp_path: Path) -> None:
+    names = ["stage1-step100", "stage1-step300", "stage2-step100", "stage10-step50"]
+    for name in reversed(names):
+        write_checkpoint(tmp_path / name, TENSORS)
+    assert [checkpoint.name for checkpoint in look(tmp_path).complete] == names

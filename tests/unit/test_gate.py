@@ -17,6 +17,7 @@ from ckptfuse.gate import (
     best_member,
     compare,
     decline_unmerged,
+    declined_streak,
     gate_key,
     judge,
     lower_bound,
@@ -319,3 +320,18 @@ def test_a_verdict_is_keyed_by_all_that_it_depends_on() -> None:
     assert len({gate_key(**{**usual, **change}) for change in changes}) == 6  # type: ignore[arg-type]
     swapped = {"members": {"newest": "2", "best": "1"}}
     assert gate_key(**{**usual, **swapped}) == gate_key(**usual)  # type: ignore[arg-type]
+
+
+def verdict_of(step: int, verdict: str, test: int) -> GateRecord:
+    return GateRecord.model_validate(
+        {"window": f"{step}-{test}", "fusion": "f", "step": step, "verdict": verdict,
+         "reason": "because", "test": test, "alpha": 0.01, "comparisons": []}
+    )  # fmt: skip
+
+
+def test_a_streak_counts_back_by_step_and_of_one_step_by_test() -> None:
+    verdicts = [verdict_of(100, "publish", 1), verdict_of(200, "publish", 2)]
+    assert declined_streak(verdicts) == 0
+    again = verdict_of(200, "declined", 3)  # under other parameters
+    assert declined_streak([again, *verdicts]) == 1
+    assert declined_streak([verdict_of(300, "declined", 0), again, *verdicts]) == 2

@@ -39,7 +39,8 @@ def test_a_name_of_the_field_gives_step_stage_and_tokens(name: str, expected: Pa
 @pytest.mark.parametrize(
     "name",
     ["", "final", "checkpoint", "checkpoint-", "checkpoint-1000-old", "my-checkpoint-1000",
-     "step1000.tmp", "checkpoint--5", "step1e3", "tokenizer", "runs", "1000 "],
+     "step1000.tmp", "step\u0661\u0660", f"step{2**63}",
+     "checkpoint--5", "step1e3", "tokenizer", "runs", "1000 "],
 )  # fmt: skip
 def test_another_name_is_no_checkpoints(name: str) -> None:
     assert parse_name(name) is None

@@ -200,6 +200,28 @@ def test_what_a_rule_found_is_told_by_status_and_report(service: Service) -> Non
     assert "Predicted and measured loss of merges" in page
 
 
+def test_a_window_that_was_decided_again_shows_the_parameters_of_now(service: Service) -> None:
+    newest = next(r for r in service.records.all(CheckpointRecord).values() if r.step == 300)
+    science, corpus = service.params.scientific_digest(), service.scorer.corpus_digest()
+    key = window_key(newest, science, corpus)
+    members = [member(s, x) for s, x in ((200, 2.8), (300, 2.9))]
+    again = plan_record(300, members, window=key, fusion="fusion-again")
+    service.records.put(key, again)
+    judged(service, "declined")
+    record_losses(service, "fusion-again", np.full(6, 26.0))
+    row = overview(service).rows[-1]
+    assert row.plan == again
+    assert (row.fused, row.verdict) == (pytest.approx(2.6), "deciding")
+
+
+def test_checkpoints_of_the_same_bytes_have_their_own_words(service: Service) -> None:
+    judged(service, "declined")
+    for step in (400, 500):
+        record = checkpoint_record(step, tokenizer="tokenizer", fingerprint="fingerprint-300")
+        service.records.put(f"s{step}", record)
+    assert words(service) == ["", "skipped", "declined", "", ""]
+
+
 def test_the_same_bytes_under_two_signatures_are_one_row(service: Service) -> None:
     touched = checkpoint_record(
         300, tokenizer="tokenizer", fingerprint="fingerprint-300", signature="touched"

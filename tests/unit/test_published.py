@@ -181,7 +181,22 @@ def test_the_champion_the_one_before_it_and_what_has_an_alias_always_stay(tmp_pa
     for step in (200, 300, 400):
         promote_by_hand(service, find_publication(service, f"step-{step}-tag"), **BY_HAND)
     assert kept_steps(service) == [300, 400, 1000]
-    assert kept_steps(service, {"production": "5"}) == [300, 400, 500, 1000]
+    assert kept_steps(service, {"production": "fusion-500"}) == [300, 400, 500, 1000]
+
+
+def test_on_another_server_versions_begin_anew_and_the_order_goes_on(tmp_path: Path) -> None:
+    service = make_service(tmp_path, retention={"last": 2})
+    published = [(450, 1), (500, 2), (550, 3), (600, 1), (400, 2), (350, 3)]
+    for test, (step, version) in enumerate(published, start=1):
+        record = publish(service, step, version)
+        gate = GateRecord(
+            window=record.window, fusion=record.fusion, step=step, verdict="publish", reason="",
+            test=test, alpha=0.01, comparisons=[],
+        )  # fmt: skip
+        service.records.put(f"gate-{step}", gate)
+    assert [record.step for record in publications(service)] == [step for step, _ in published]
+    assert kept_steps(service) == [400, 350]
+    assert kept_steps(service, {"candidate": "fusion-350"}) == [400, 350]
 
 
 def test_every_kth_is_the_same_one_after_others_are_gone(tmp_path: Path) -> None:

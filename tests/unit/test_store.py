@@ -24,6 +24,7 @@ from ckptfuse.store import (
     split_uri,
 )
 from ckptfuse.store.multipart import group_size
+from tests.helpers import as_nobody
 from tests.servers import S3Server
 
 
@@ -384,21 +385,6 @@ def test_what_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(StoreError, match="cannot write"):
         FolderStore(tmp_path).write("n" * 300, b"")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@contextlib.contextmanager
-def as_nobody(folder: Path) -> Iterator[None]:
-    """root may read everything: within, this process is somebody else, who can reach ``folder``."""
-    if os.geteuid() != 0:
-        yield
-        return
-    for parent in (folder, *folder.parents[:-2]):
-        parent.chmod(parent.stat().st_mode | 0o055)
-    os.seteuid(65_534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_a_missing_bucket_is_named(moto_s3: S3Server) -> None:

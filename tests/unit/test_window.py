@@ -1,6 +1,7 @@
 """Windows: ancestors only, of one segment, and what opens a new generation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -172,6 +173,16 @@ def test_the_same_bytes_touched_later_change_nothing() -> None:
 def test_the_steps_of_an_older_generation_do_not_count_against_a_newer_one() -> None:
     known = [checkpoint_record(100), checkpoint_record(400), again(200, 2)]
     assert generation_of(listed(300, modified=1000), "new", known) == 2
+
+
+def test_a_stage_is_a_generation_of_its_own_and_leaves_those_before_it_theirs() -> None:
+    first = [checkpoint_record(step, stage="stage1") for step in (100, 200, 400)]
+    second = replace(listed(100, modified=1000), stage="stage2")
+    assert generation_of(second, "new", first) == 2
+    known = [*first, checkpoint_record(100, stage="stage2", generation=2, fingerprint="f")]
+    assert generation_of(replace(listed(200, modified=1100), stage="stage2"), "new", known) == 2
+    late = replace(listed(300, modified=300), stage="stage1")
+    assert generation_of(late, "new", known) == 1, "it was only late to be read"
 
 
 # -- identities --------------------------------------------------------------------------------
