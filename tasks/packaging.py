@@ -1,9 +1,11 @@
 """The packaged model: what MLflow loads, around weights that are linked and never copied."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
+from ckptfuse.checkpoints import CONFIG
 from ckptfuse.errors import PublicationError
 
 #: Where mlflow.transformers expects the weights beside its MLmodel.
@@ -32,6 +34,7 @@ def package(model: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         for path in set(model.iterdir()) - weights:
             os.link(path, Path(folder, path.name))
+        config = _hide_own_code(Path(folder, CONFIG))
         text = Schema([ColSpec("string")])
         params = ParamSchema([ParamSpec(*item) for item in _GENERATION])
         mlflow.transformers.save_model(
@@ -47,15 +50,29 @@ def package(model: Path, target: Path) -> None:
                 f"transformers=={transformers.__version__}",
             ],
         )
+    if not (target / MODEL_FOLDER / CONFIG).is_file():
+        raise PublicationError(f"mlflow.transformers laid no model in {target / MODEL_FOLDER}")
     for path in weights:
         os.link(path, target / MODEL_FOLDER / path.name)
+    (target / MODEL_FOLDER / CONFIG).write_bytes(config)
     # MLflow's note that it found no licence, with the path of our temporary folder.
     (target / "LICENSE.txt").unlink(missing_ok=True)
     described = Model.load(str(target))
     described.model_size_bytes = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     described.save(str(target / "MLmodel"))
-    if not (target / MODEL_FOLDER / "config.json").is_file():
-        raise PublicationError(f"mlflow.transformers laid no model in {target / MODEL_FOLDER}")
+
+
+def _hide_own_code(path: Path) -> bytes:
+    """Leave out of a config.json that the model has code of its own; what it was before.
+
+    MLflow loads the tokenizer, and transformers would ask on the terminal whether to run that code.
+    """
+    whole = path.read_bytes()
+    about = json.loads(whole)
+    about.pop("auto_map", None)
+    path.unlink()  # a hard link of the model's
+    path.write_text(json.dumps(about))
+    return whole
 
 
 def is_weights(path: Path) -> bool:
