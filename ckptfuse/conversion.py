@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ckptfuse.checkpoints import CONFIG, is_ancillary
 from ckptfuse.digests import content_digest, digest
-from ckptfuse.errors import ConfigurationError, DamagedCheckpoint
+from ckptfuse.errors import ConfigurationError, DamagedCheckpoint, MissingFile
 from ckptfuse.imports import load_function
 from ckptfuse.store import open_store
 
@@ -30,7 +30,12 @@ Converter = Callable[[dict[str, "torch.Tensor"], Mapping[str, object]], dict[str
 
 def model_config(folder: str) -> Mapping[str, object]:
     """The configuration of the Hugging Face folder that a converter's tensors belong to."""
-    config = json.loads(open_store(folder).read(CONFIG))
+    try:
+        config = json.loads(open_store(folder).read(CONFIG))
+    except MissingFile as error:
+        raise ConfigurationError(
+            f"{folder}: no {CONFIG} of the model that checkpoints are converted to"
+        ) from error
     if not isinstance(config, dict):
         raise ConfigurationError(f"{folder}/{CONFIG}: not a JSON object")
     return config

@@ -14,6 +14,7 @@ from ckptfuse.conversion import model_config
 from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
 from ckptfuse.cut import Cut
 from ckptfuse.errors import CkptfuseError
+from ckptfuse.imports import load_function
 from ckptfuse.layouts import read_layout
 from ckptfuse.params import CorpusParams, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
@@ -58,6 +59,8 @@ def score_once(
 
     ``block_length`` defaults to 1,024 tokens, or the model's longest context if that is shorter.
     """
+    if converter is not None:
+        load_function(converter, "converter")
     config = model_config(model) if model else read_layout(open_checkpoint(checkpoint)).config
     fitting = min(DEFAULT_BLOCK_LENGTH, longest_context(config) or DEFAULT_BLOCK_LENGTH)
     length = block_length or fitting

@@ -80,6 +80,11 @@ def test_a_corpus_line_that_is_no_json_is_named(project: Project) -> None:
         (["score", "ckpt", "--corpus", "file.jsonl"], "NAME=PATH is expected"),
         (["score", "ckpt", "--corpus", "a=b", "--corpus", "a=c"], "'a' is given twice"),
         (["score", "ckpt", "--corpus", "a=b", "--split", "test"], "selection, audit or report"),
+        (["score", "c", "--corpus", "a=b", "--model", "absent"], "absent: no config.json"),
+        (
+            ["score", "c", "--corpus", "a=b", "--converter", "foo", "--model", "absent"],
+            "package.module:function is expected",
+        ),
         (["merge", "out", "ckpt"], "CHECKPOINT=WEIGHT is expected"),
         (["merge", "out", "ckpt=heavy"], "a weight is no number"),
         (["merge", "out", "ckpt=0.5", "--dtype", "int8"], "float32, bfloat16 or float16"),
