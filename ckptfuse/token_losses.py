@@ -78,7 +78,8 @@ class TokenLosses:
     def _check_causal(self, inputs: torch.Tensor) -> None:
         """Another last token must change what follows it, and nothing before.
 
-        transformers builds causal models of encoders too, which read both ways unless told not to.
+        transformers builds causal models of encoders too, which read both ways unless told not to,
+        and its Doge (5.17) reads ahead with torch's attention.
         """
         others = inputs.clone()
         others[:, -1] = inputs[:, 0]
@@ -91,7 +92,8 @@ class TokenLosses:
         if changes[:, :-1].max() > tolerance * changes[:, -1].max():
             raise CkptfuseError(
                 "its predictions change with the tokens that come after them, so it is no causal "
-                "language model (of an encoder: config.json needs is_decoder)"
+                "language model: an encoder's config.json needs is_decoder, and an attention that "
+                "is wrong in this transformers may be right with scoring.attention: eager"
             )
 
     @torch.inference_mode()
