@@ -50,6 +50,7 @@ def score_once(
     stride: int | None = None,
     bos: Literal["document", "none"] = "document",
     device: str = "auto",
+    attention: str = "sdpa",
     converter: str | None = None,
     model: str | None = None,
     trust_remote_code: bool = False,
@@ -67,6 +68,7 @@ def score_once(
     params = ScoringParams.model_validate(
         {
             "device": device,
+            "attention": attention,
             "converter": converter,
             "model": model,
             "trust_remote_code": trust_remote_code,

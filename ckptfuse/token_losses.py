@@ -93,7 +93,8 @@ class TokenLosses:
             raise CkptfuseError(
                 "its predictions change with the tokens that come after them, so it is no causal "
                 "language model: an encoder's config.json needs is_decoder, and an attention that "
-                "is wrong in this transformers may be right with scoring.attention: eager"
+                "is wrong in this transformers may be right with scoring.attention: eager "
+                "(--attention)"
             )
 
     @torch.inference_mode()

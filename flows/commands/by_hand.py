@@ -38,6 +38,9 @@ def score(
         "document"
     ),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    attention: Annotated[str, typer.Option(help="sdpa (torch's), or eager (the model's own)")] = (
+        "sdpa"
+    ),
     converter: Annotated[
         str | None, typer.Option(help="package.module:function, for a trainer's own layout.")
     ] = None,
@@ -56,6 +59,7 @@ def score(
     _check_choice("--layout", layout, ("packed", "rolling"))
     _check_choice("--bos", bos, ("document", "none"))
     _check_choice("--device", device, ("auto", "cpu", "cuda"))
+    _check_choice("--attention", attention, ("sdpa", "eager"))
     from ckptfuse.once import score_once
     from flows.show import print_score, scoring_bar
 
@@ -71,6 +75,7 @@ def score(
             stride=stride,
             bos=bos,  # type: ignore[arg-type]
             device=device,
+            attention=attention,
             converter=converter,
             model=model,
             trust_remote_code=trust_remote_code,
