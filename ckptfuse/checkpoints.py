@@ -151,11 +151,6 @@ def is_code(path: str) -> bool:
     return path.endswith(".py") and "/" not in path
 
 
-def read_code(store: Store) -> dict[str, bytes]:
-    """The Python files of the model in this folder: path -> content."""
-    return {e.path: store.read(e.path) for e in store.list("") if is_code(e.path)}
-
-
 def _weight_files(store: Store, present: Mapping[str, Entry]) -> set[str]:
     """The single file, or the index and its shards, as transformers chooses between them."""
     for single, index in FORMATS:

@@ -22,7 +22,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import torch
 
 from ckptfuse.blocks import Blocks
-from ckptfuse.checkpoints import open_checkpoint, read_code
+from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.conversion import convert
 from ckptfuse.engines import by_command, by_model
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
@@ -32,6 +32,7 @@ from ckptfuse.merge.folder import write_and_identify
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.modeling import build_model
+from ckptfuse.own_code import read_code
 from ckptfuse.perplexity import BlockLosses
 from ckptfuse.protocol import (
     BlockSet,

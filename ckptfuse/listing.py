@@ -93,7 +93,7 @@ def look_again(
     """What `find` would say, if the files of ``remembered`` (by folder) are as they were.
 
     ``names`` are the bucket's folders. One listing of each folder that is not remembered or is
-    among the ``recent`` highest steps. A checkpoint that was written over further back is not seen.
+    among the ``recent`` last in training. A checkpoint written over further back is not seen.
     """
     known = {name: remembered[name] for name in names if name in remembered}
     newest = heapq.nlargest(recent, known, key=lambda name: _by_training(known[name]))

@@ -9,7 +9,7 @@ from ckptfuse.curves import first_reached
 from ckptfuse.gate import best_member
 from ckptfuse.losses import combine
 from ckptfuse.promotion import champion
-from ckptfuse.published import in_order as in_publication_order
+from ckptfuse.published import in_order_of_publication
 from ckptfuse.records import (
     CheckpointRecord,
     CorpusRecord,
@@ -89,7 +89,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
         rows=tuple(rows),
         quarantined=tuple(records.all(QuarantineRecord).values()),
         champion=present,
-        publications=tuple(in_publication_order(service, publications.values())),
+        publications=tuple(in_order_of_publication(service, publications.values())),
         corpus=known_survey(service),
     )
 

@@ -10,6 +10,12 @@ from pathlib import Path
 
 from ckptfuse.checkpoints import is_code
 from ckptfuse.digests import content_digest, digest
+from ckptfuse.store import Store
+
+
+def read_code(store: Store) -> dict[str, bytes]:
+    """The Python files of the model in this folder: path -> content."""
+    return {e.path: store.read(e.path) for e in store.list("") if is_code(e.path)}
 
 
 @contextmanager

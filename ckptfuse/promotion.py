@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse.errors import ConfigurationError
-from ckptfuse.published import in_order
+from ckptfuse.published import in_order_of_publication
 from ckptfuse.records import (
     FusionRecord,
     PlanRecord,
@@ -52,7 +52,7 @@ def waiting(service: Service) -> list[PublicationRecord]:
     decided = {record.fusion for record in service.records.all(PromotionRecord).values()}
     published = service.records.all(PublicationRecord).values()
     left = [record for record in published if record.fusion not in decided]
-    return in_order(service, left)
+    return in_order_of_publication(service, left)
 
 
 def decide_promotion(service: Service, decided: PlanRecord) -> PromotionRecord | None:

@@ -12,12 +12,14 @@ _SHOWN = 8
 
 def publications(service: Service) -> list[PublicationRecord]:
     """All that was ever published, one of each fusion, in the order of publication."""
-    found = in_order(service, service.records.all(PublicationRecord).values())
+    found = in_order_of_publication(service, service.records.all(PublicationRecord).values())
     return list({record.fusion: record for record in found}.values())
 
 
-def in_order(service: Service, records: Iterable[PublicationRecord]) -> list[PublicationRecord]:
-    """By publication, which follows the gate's tests. Versions begin anew on another server."""
+def in_order_of_publication(
+    service: Service, records: Iterable[PublicationRecord]
+) -> list[PublicationRecord]:
+    """Publication follows the gate's tests. Versions begin anew on another server."""
     tests = {gate.window: gate.test for gate in service.records.all(GateRecord).values()}
     return sorted(records, key=lambda r: (tests.get(r.window, 0), int(r.version)))
 

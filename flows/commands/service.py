@@ -70,12 +70,10 @@ def _look_and_go_on(watch_flow: object, file: str) -> None:
     """One scheduled look; a failure is told, and the next look tries again."""
     try:
         summary: Summary = watch_flow(file)  # type: ignore[operator]
-    except ConfigurationError as error:
-        if not isinstance(error, CorpusError):  # a file of text may be in the making
-            raise
-        stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
-        return
     except Exception as error:  # the watch outlives a store, a server or a disk that fails
+        in_the_making = isinstance(error, CorpusError)  # a file of text may be, at this moment
+        if isinstance(error, ConfigurationError) and not in_the_making:
+            raise
         stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
         return
     if not summary.did_nothing:
