@@ -141,8 +141,7 @@ def _sort_out(
 
 def _by_training(checkpoint: Listed) -> tuple[str, int, str]:
     """Stages one after the other, since each may count its steps from 0."""
-    stage = None if isinstance(checkpoint, QuarantineRecord) else checkpoint.stage
-    numbered = re.sub(r"\d+", lambda digits: digits[0].zfill(20), stage or "")
+    numbered = re.sub(r"\d+", lambda digits: digits[0].zfill(20), checkpoint.stage or "")
     return numbered, checkpoint.step, checkpoint.name
 
 

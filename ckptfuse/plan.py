@@ -4,8 +4,9 @@ Watch, backfill and study use it alike. It decides from steps and records and no
 the same bucket and records always give the same actions, whoever asks and how often.
 """
 
+import bisect
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptfuse.listing import Healthy, Listed, Listing
@@ -87,7 +88,7 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
     ``live``: of several waiting windows only the newest is fused, the others are superseded;
     otherwise (backfill) each is, in the order of training.
     """
-    quarantine = _to_quarantine(listing, state)
+    quarantine = _to_quarantine(listing, state, params.window.boundaries)
     excluded = (
         {item.checkpoint.signature for item in quarantine} | state.quarantined.keys() | state.held
     )
@@ -108,10 +109,9 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
 
     still_open = windows(healthy, params.window, lambda newest: not state.is_closed(key(newest)))
     waiting = [Fuse(key(window.newest), window) for window in still_open]
+    in_order = sorted(state.gates.items(), key=lambda item: item[1].test)
     publish = tuple(
-        key
-        for key, gate in state.gates.items()
-        if gate.verdict == "publish" and not state.is_closed(key)
+        key for key, gate in in_order if gate.verdict == "publish" and not state.is_closed(key)
     )
     waiting = [item for item in waiting if item.key not in publish]
     if not live or not waiting:
@@ -159,27 +159,46 @@ def _every(present: Sequence[Healthy], scored: Collection[str], every: int) -> t
     return tuple(due)
 
 
-def _to_quarantine(listing: Listing, state: State) -> tuple[Quarantine, ...]:
-    """Damaged checkpoints, and those whose tensors are unlike the trajectory's majority."""
+def _to_quarantine(
+    listing: Listing, state: State, boundaries: Sequence[int]
+) -> tuple[Quarantine, ...]:
+    """Damaged checkpoints, and those whose tensors are unlike the majority's.
+
+    Each stage and each stretch between declared boundaries has a majority of its own, so that a
+    change of shapes that is meant can be declared.
+    """
     found = [
         Quarantine(refused.checkpoint, None, refused.reason)
         for refused in listing.damaged
         if refused.checkpoint.signature not in state.quarantined
     ]
-    architectures = {c.signature: _architecture(c, listing, state) for c in listing.complete}
+    cuts = sorted(boundaries)
+    stretches: dict[tuple[str | None, int], list[Listed]] = {}
+    for checkpoint in listing.complete:
+        stretch = (checkpoint.stage, bisect.bisect_right(cuts, checkpoint.step))
+        stretches.setdefault(stretch, []).append(checkpoint)
+    for checkpoints in stretches.values():
+        found += _unlike_the_majority(checkpoints, listing, state)
+    return tuple(found)
+
+
+def _unlike_the_majority(
+    checkpoints: Sequence[Listed], listing: Listing, state: State
+) -> Iterator[Quarantine]:
+    architectures = {c.signature: _architecture(c, listing, state) for c in checkpoints}
     counts = Counter(a for a in architectures.values() if a is not None).most_common(2)
     if len(counts) < 2 or counts[0][1] == counts[1][1]:
-        return tuple(found)
-    usual = counts[0][0]
-    for checkpoint in listing.complete:
+        return
+    usual, count = counts[0]
+    for checkpoint in checkpoints:
         architecture = architectures[checkpoint.signature]
         if architecture not in (usual, None) and checkpoint.signature not in state.quarantined:
             reason = (
-                "its tensors' names, shapes or dtypes are unlike those of the trajectory's "
-                f"{counts[0][1]} other checkpoints; another model in the same bucket?"
+                f"its tensors' names, shapes or dtypes are unlike those of {count} other "
+                "checkpoints; another model in the same bucket? (If training did change here: "
+                "window.boundaries, docs/operations.md)"
             )
-            found.append(Quarantine(checkpoint, architecture, reason))
-    return tuple(found)
+            yield Quarantine(checkpoint, architecture, reason)
 
 
 def _architecture(checkpoint: Listed, listing: Listing, state: State) -> str | None:

@@ -284,6 +284,7 @@ class QuarantineRecord(Record):
     name: str
     uri: str
     step: int
+    stage: str | None = None
     signature: str
     architecture: str | None
     reason: str

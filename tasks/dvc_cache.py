@@ -22,10 +22,9 @@ _READ = 1 << 20
 class DvcCache:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._root = ledger.folder / ".dvc" / "cache" / "files" / "md5"
 
     def object(self, md5: str) -> Path:
-        return self._root / md5[:2] / md5[2:]
+        return self._ledger.cached(md5)
 
     def files(self, path: str, md5: str) -> dict[str, str]:
         """Path -> hash of an output's files, itself or those of a folder.
@@ -46,10 +45,11 @@ class DvcCache:
         """All cache files of an output."""
         return {self.object(md5)} | {self.object(m) for m in self.files(path, md5).values()}
 
-    def only_of(self, tag: str, gone: Collection[str]) -> set[Path]:
+    def only_of(self, tag: str, gone: Collection[str], known: Collection[str]) -> set[Path]:
         """The cache files of a tag's weights that nothing else needs.
 
-        Needed are all outputs of all tags, less the weights of the tags that are ``gone``. Raises
+        Needed are all outputs of all tags, less the weights of the tags that are ``gone``, and less
+        what a tag that is not ``known`` has elsewhere: one of a workspace that was lost. Raises
         PublicationError, before anything is deleted, when it cannot be told.
         """
         own = weights_of(self._ledger.outputs(tag))
@@ -60,7 +60,9 @@ class DvcCache:
             outputs = self._ledger.outputs(other)
             weights, _ = weights_of(outputs)
             for path, md5 in outputs.items():
-                if path != weights or other not in gone:
+                is_gone = path == weights and other in gone
+                is_elsewhere = other not in known and not self.object(md5).is_file()
+                if not (is_gone or is_elsewhere):
                     needed |= self.objects(path, md5)
         return self.objects(*own) - needed
 

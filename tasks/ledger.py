@@ -101,27 +101,38 @@ class Ledger:
 
     # -- the repository --------------------------------------------------------------------
 
-    def prepare(self) -> None:
-        """Make the repository, or bring it back to its last commit after a kill. We own it."""
+    def prepare(self, remote: str | None) -> None:
+        """Make the repository, or bring it back to its last commit after a kill. We own it.
+
+        In a workspace that lost its ledger it goes on from what was pushed to ``remote``.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / ".git" / "HEAD").is_file():
             self.git("init", "--quiet", "--initial-branch=main")
         own = self.folder / ".git"
         for lock in (*own.glob("*.lock"), *(own / "refs").rglob("*.lock")):  # of a killed git
             lock.unlink()
-        if not self._has_commit():
-            self._first_commit()
         self.git("symbolic-ref", "HEAD", "refs/heads/main")  # a push may have been at a tag
-        self.git("reset", "--quiet", "--hard")
+        if not self._has("HEAD") and remote is not None:
+            self._take_over(remote)
+        if self._has("HEAD"):
+            self.git("reset", "--quiet", "--hard")
+        if not self._has("HEAD:.dvc/config"):
+            self._first_commit()
         for name in ("lock", "rwlock", "rwlock.lock"):
             (self.folder / ".dvc" / "tmp" / name).unlink(missing_ok=True)
 
-    def _has_commit(self) -> bool:
+    def _has(self, name: str) -> bool:
         try:
-            self.git("rev-parse", "--verify", "--quiet", "HEAD")
+            self.git("rev-parse", "--verify", "--quiet", name)
         except PublicationError:
             return False
         return True
+
+    def _take_over(self, remote: str) -> None:
+        if self.git("ls-remote", "--heads", "--", remote, "main"):
+            self.git("fetch", "--quiet", "--tags", "--", remote, "main")
+            self.git("update-ref", "refs/heads/main", "FETCH_HEAD")
 
     def _first_commit(self) -> None:
         remove_folder(self.folder / ".dvc")
@@ -159,27 +170,38 @@ class Ledger:
             if out["path"] not in in_git
         }
 
+    def cached(self, md5: str) -> Path:
+        """The file in DVC's cache with this hash (of a folder: the list of its files)."""
+        return self.folder / ".dvc" / "cache" / "files" / "md5" / md5[:2] / md5[2:]
+
     # -- one fusion ------------------------------------------------------------------------
 
     def enter(
         self, service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
     ) -> LedgerEntry:
         """Commit and tag a fusion; the entry that is there already when it was."""
-        self.prepare()
+        self.prepare(service.params.ledger.remote)
         tag = tag_of(decided)
         known = self.find(tag)
-        if known is None:
+        if known is None or not self.cached(known.weights_hash).is_file():
             self._lay_out(service, decided, verdict, fusion)
             self.dvc("commit", "--force")
-            self._add()
-            if self.git("diff", "--cached", "--name-only"):
-                message = f"Step {decided.step}: fusion {decided.fusion[:12]}\n\n{verdict.reason}"
-                self.git("commit", "--quiet", "--message", message)
-            self.git("tag", "--annotate", tag, "--message", verdict.reason)
-            known = self.find(tag)
-            assert known is not None
+        if known is None:
+            known = self._commit(tag, decided, verdict)
+        else:  # of a workspace that was lost; only its data had to be laid beside it
+            self.git("reset", "--quiet", "--hard")
         self._push(service.params.ledger, known)
         return known
+
+    def _commit(self, tag: str, decided: PlanRecord, verdict: GateRecord) -> LedgerEntry:
+        self._add()
+        if self.git("diff", "--cached", "--name-only"):
+            message = f"Step {decided.step}: fusion {decided.fusion[:12]}\n\n{verdict.reason}"
+            self.git("commit", "--quiet", "--message", message)
+        self.git("tag", "--annotate", tag, "--message", verdict.reason)
+        made = self.find(tag)
+        assert made is not None
+        return made
 
     def _push(self, params: LedgerParams, entry: LedgerEntry) -> None:
         """Data first: a commit that others see is one whose data they can pull."""

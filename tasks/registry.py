@@ -104,8 +104,10 @@ class Registry:
         self, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord, entry: LedgerEntry
     ) -> str:
         """The fusion's model version, with everything in place; the one that is there if so."""
+        tags = version_tags(decided, verdict, entry)
         found = self.find_version(decided.fusion)
         if found is not None:
+            self._bring_up(found, tags)
             return found
         run = self.fusion_run(decided)
         self.client.log_dict(run, decided.model_dump(mode="json"), _PLAN)
@@ -118,10 +120,17 @@ class Registry:
             source=f"models:/{model_id}",
             run_id=run,
             model_id=model_id,
-            tags=version_tags(decided, verdict, entry) | library_tags(),
+            tags=tags | library_tags(),
             description=_description(decided, verdict),
         )
         return str(version.version)
+
+    def _bring_up(self, version: str, tags: Mapping[str, str]) -> None:
+        """A workspace or a ledger that was lost and made anew has other commits."""
+        present = self.client.get_model_version(self.name, version).tags
+        for tag, value in tags.items():
+            if present.get(tag) != value:
+                self.client.set_model_version_tag(self.name, version, tag, value)
 
     def find_version(self, fusion: str) -> str | None:
         versions = self.client.search_model_versions(

@@ -81,6 +81,7 @@ def quarantine(service: Service, item: Quarantine) -> None:
         name=checkpoint.name,
         uri=checkpoint.uri,
         step=checkpoint.step,
+        stage=checkpoint.stage,
         signature=checkpoint.signature,
         architecture=item.architecture,
         reason=item.reason,

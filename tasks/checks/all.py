@@ -60,10 +60,13 @@ def _of_workspace(root: Path, model: int | None, *, keeps_all: bool) -> Iterator
 def _of_servers(params: Params) -> Iterator[Check]:
     from tasks.checks.ledger import ledger
     from tasks.checks.prefect import prefect
+    from tasks.checks.published import published
     from tasks.checks.registry import registry
     from tasks.deployments import GPUS
 
     yield from prefect(params.trajectory, GPUS)
     service = open_service(params)
-    yield from registry(service)
+    of_mlflow = list(registry(service))
+    yield from of_mlflow
     yield from ledger(service)
+    yield from published(service, in_mlflow=all(check.state != "failed" for check in of_mlflow))

@@ -49,8 +49,8 @@ class World:
         )
         return landed
 
-    def plan(self, *, live: bool = True) -> Actions:
-        return plan(self.listing, self.state, PARAMS, live=live)
+    def plan(self, *, live: bool = True, params: Params = PARAMS) -> Actions:
+        return plan(self.listing, self.state, params, live=live)
 
     def act(self, actions: Actions, *, verdict: str = "declined") -> None:
         """Write the records that carrying out ``actions`` leaves behind."""
@@ -271,6 +271,22 @@ def test_a_foreign_architecture_is_quarantined_against_the_majority() -> None:
     world.act(actions)
     assert not world.plan().quarantine
     assert fused(world.plan()) == [[100, 200]]
+
+
+def test_a_declared_boundary_and_a_stage_have_majorities_of_their_own() -> None:
+    world = scored(100, 200, 300)
+    changed = [world.land(400, architecture="wider"), world.land(500, architecture="wider")]
+    foreign = world.land(600)
+    assert [q.checkpoint for q in world.plan().quarantine] == changed
+    declared = PARAMS.model_copy(
+        update={"window": PARAMS.window.model_copy(update={"boundaries": (400,)})}
+    )
+    assert [q.checkpoint for q in world.plan(params=declared).quarantine] == [foreign]
+    in_stages = tuple(
+        c if c.step < 400 else replace(c, stage="stage2") for c in world.listing.complete
+    )
+    world.listing = replace(world.listing, complete=in_stages)
+    assert [q.checkpoint.step for q in world.plan().quarantine] == [600]
 
 
 def test_without_a_majority_nobody_is_foreign() -> None:

@@ -1,0 +1,64 @@
+"""What was published: is it still in the ledger, and in MLflow?"""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+from ckptfuse.checks import Check, failed, ok, warning
+from ckptfuse.errors import CkptfuseError
+from ckptfuse.published import publications
+from ckptfuse.records import RetirementRecord
+from ckptfuse.service import Service
+from tasks.registry import FUSION_TAG
+from tasks.tracking import tracking_uri
+from tasks.version import ledger_of
+
+TAGS, VERSIONS = "tags of the ledger", "versions in MLflow"
+_MEND = 'docs/operations.md, "When something is lost", tells how it comes back'
+_SHOWN = 3
+
+
+def published(service: Service, *, in_mlflow: bool) -> Iterator[Check]:
+    """Of each a check, once there is something to look for; ``in_mlflow``: it answers."""
+    known = publications(service)
+    retired = service.records.all(RetirementRecord)
+    kept = [record for record in known if record.fusion not in retired]
+    if known:
+        yield _all_there(TAGS, {r.tag: r.tag for r in known}, lambda: _tags(service))
+    if kept and in_mlflow:
+        yield _all_there(VERSIONS, {r.tag: r.fusion for r in kept}, lambda: _registered(service))
+
+
+def _all_there(name: str, wanted: Mapping[str, str], find: Callable[[], Collection[str]]) -> Check:
+    """``wanted``: what a person calls it -> what is looked for among what is found."""
+    try:
+        found = find()
+    except (CkptfuseError, OSError) as error:
+        return failed(name, str(error), _MEND)
+    except Exception as error:  # MLflow's, and its database's
+        return failed(name, f"{type(error).__name__}: {error}", _MEND)
+    lost = [called for called, sought in wanted.items() if sought not in found]
+    if not lost:
+        return ok(name, f"all {len(wanted)} that the records name are there")
+    shown = ", ".join(lost[-_SHOWN:])
+    return warning(name, f"{len(lost)} of {len(wanted)} are gone, last of them {shown}", _MEND)
+
+
+def _tags(service: Service) -> list[str]:
+    ledger = ledger_of(service)
+    if not (ledger.folder / ".git").exists():
+        return []
+    return ledger.git("tag", "--list").split()
+
+
+def _registered(service: Service) -> set[str]:
+    """Fusions that have a version. Makes no experiment, as `registry_of` would, nor a database."""
+    from mlflow import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    uri = tracking_uri(service)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return set()
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    versions = client.search_model_versions(f"name = '{service.params.model_name}'")
+    return {str(version.tags.get(FUSION_TAG)) for version in versions}

@@ -1,0 +1,103 @@
+"""What a machine or a person lost, found by the doctor and brought back by the service."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ckptfuse.params import load_params
+from ckptfuse.published import publications
+from ckptfuse.service import Service, open_service
+from flows.watch import watch
+from tasks.chain import verify
+from tasks.checks.published import TAGS, VERSIONS, published
+from tasks.dvc_cache import DvcCache
+from tasks.version import ledger_of
+from tests.conftest import Project
+from tests.relocating import copy_of
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture
+def project(finished: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """With two published fusions: of step 600, and of 720, the champion."""
+    copied = copy_of(finished, tmp_path / "copy")
+    monkeypatch.setenv("CKPTFUSE_BUCKET", str(copied.bucket))
+    return copied
+
+
+def opened(project: Project) -> Service:
+    return open_service(load_params(Path(project.params_file)))
+
+
+def seen(project: Project) -> dict[str, str]:
+    return {c.name: c.state for c in published(opened(project), in_mlflow=True)}
+
+
+def broken(project: Project, name: str) -> list[str]:
+    return [link.name for link in verify(opened(project), name) if link.state == "broken"]
+
+
+def publish_again(project: Project) -> None:
+    """As docs/operations.md tells a person to.
+
+    In a process of its own: MLflow keeps a database open.
+    """
+    shutil.rmtree(project.workspace / "records" / "publication")
+    said = project.cli("watch", "--once").stdout
+    assert said.strip() == "0 scored, 0 quarantined, 0 skipped, 2 published."
+
+
+def test_versions_that_mlflow_lost_are_missed_and_registered_again(project: Project) -> None:
+    before = publications(opened(project))
+    shutil.rmtree(project.workspace / "mlartifacts")
+    (project.workspace / "mlflow.db").unlink()
+    said = project.cli("doctor").stdout
+    assert "ok       tags of the ledger: all 2 that the records name are there" in said
+    assert f"warning  versions in MLflow: 2 of 2 are gone, last of them {before[0].tag}" in said
+    assert not (project.workspace / "mlflow.db").exists(), "the doctor makes nothing"
+    publish_again(project)
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok"}
+    after = publications(opened(project))
+    assert [record.fusion for record in after] == [record.fusion for record in before]
+    assert project.aliases() == {"candidate": "2", "champion": "2"}
+    assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+def test_a_ledger_that_was_lost_is_missed_and_written_again(project: Project) -> None:
+    shutil.rmtree(project.workspace / "ledger")
+    assert seen(project) == {TAGS: "warning", VERSIONS: "ok"}
+    versions = project.versions()
+    publish_again(project)
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok"}
+    assert project.versions() == versions, "none was registered twice"
+    assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+def test_a_new_workspace_goes_on_with_the_ledger_and_the_registry_of_a_lost_one(
+    project: Project, tmp_path: Path
+) -> None:
+    remote = tmp_path / "remote.git"
+    subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)
+    project.git("push", "--quiet", "--follow-tags", str(remote), "main")
+    history, versions, aliases = project.git("log", "--all"), project.versions(), project.aliases()
+    params = Path(project.params_file)
+    ledger = {"ledger": {"remote": str(remote)}}
+    params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), **ledger}))
+    for path in project.workspace.iterdir():
+        if path.is_dir() and path.name != "mlartifacts":  # the registry is elsewhere
+            shutil.rmtree(path)
+
+    done = watch(project.params_file)
+    assert (done.scored, done.published, done.delayed) == (6, 1, None)
+    assert project.git("log", "--all") == history, "the same fusion: nothing new to commit"
+    assert (project.versions(), project.aliases()) == (versions, aliases)
+    assert watch(project.params_file).did_nothing
+    # The first decision stands in run and commit; the new workspace's gate counts its tests anew.
+    assert broken(project, "720") == ["run -> records", "commit -> records"]
+    (newest,) = publications(opened(project))
+    # The other tag's data went with the old workspace, and stops no deletion.
+    assert DvcCache(ledger_of(opened(project))).only_of(newest.tag, [newest.tag], [newest.tag])
