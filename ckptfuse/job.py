@@ -51,7 +51,7 @@ from ckptfuse.protocol import (
     Scored,
 )
 from ckptfuse.reading import Loaded, load
-from ckptfuse.records import Records
+from ckptfuse.record_files import Records
 from ckptfuse.score_records import is_recorded, losses_of, write_score
 from ckptfuse.store import open_store, throttle
 

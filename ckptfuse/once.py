@@ -18,7 +18,8 @@ from ckptfuse.imports import load_function
 from ckptfuse.layouts import read_layout
 from ckptfuse.params import CorpusParams, ScoringParams
 from ckptfuse.protocol import BlockSet, CheckpointModel, Event, Input, Request, score_key
-from ckptfuse.records import DomainScore, Records, ScoreRecord
+from ckptfuse.record_files import Records
+from ckptfuse.records import DomainScore, ScoreRecord
 from ckptfuse.scoring import numerics
 from ckptfuse.store import FolderStore, open_store
 from ckptfuse.tokenizing import load_tokenizer

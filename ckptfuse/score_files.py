@@ -12,7 +12,8 @@ import numpy as np
 
 from ckptfuse.corpus import SPLITS
 from ckptfuse.errors import RecordError
-from ckptfuse.records import Arrays, Records, ScoreRecord
+from ckptfuse.record_files import Arrays, Records
+from ckptfuse.records import ScoreRecord
 from ckptfuse.scoring import Scorer
 
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from ckptfuse.blocks import Blocks
 from ckptfuse.losses import Losses, bits_per_byte
 from ckptfuse.protocol import Numerics, score_key
-from ckptfuse.records import Arrays, DomainScore, Records, ScoreRecord
+from ckptfuse.record_files import Arrays, Records
+from ckptfuse.records import DomainScore, ScoreRecord
 
 
 def is_recorded(records: Records, *, model_id: str, blocks: str, numerics: Numerics) -> bool:

@@ -26,7 +26,8 @@ from ckptfuse.protocol import (
     Request,
     score_key,
 )
-from ckptfuse.records import CheckpointRecord, DomainScore, Records, ScoreRecord
+from ckptfuse.record_files import Records
+from ckptfuse.records import CheckpointRecord, DomainScore, ScoreRecord
 from ckptfuse.store import open_store, throttle
 from ckptfuse.tokenizing import load_tokenizer, tokenizer_files_digest
 

@@ -10,7 +10,8 @@ from ckptfuse.errors import RecordError
 from ckptfuse.jobs import Here, Runner
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
-from ckptfuse.records import GateRecord, PlanRecord, Records
+from ckptfuse.record_files import Records
+from ckptfuse.records import GateRecord, PlanRecord
 from ckptfuse.rules import get_rule
 from ckptfuse.scoring import Scorer
 from ckptfuse.store import throttle

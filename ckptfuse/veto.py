@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ckptfuse.digests import digest
 from ckptfuse.errors import JobError
 from ckptfuse.processes import end_with_parent
-from ckptfuse.records import Arrays, VetoOutcome
+from ckptfuse.record_files import Arrays
+from ckptfuse.records import VetoOutcome
 
 
 class Answer(BaseModel):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ckptfuse.records import Records
+from ckptfuse.record_files import Records
 from ckptfuse.store import FolderStore, remove_folder
 
 

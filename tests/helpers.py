@@ -16,7 +16,8 @@ from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.corpus import SPLITS, Split
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
-from ckptfuse.records import Arrays, CheckpointRecord, Member, PlanRecord, ScoreRecord
+from ckptfuse.record_files import Arrays
+from ckptfuse.records import CheckpointRecord, Member, PlanRecord, ScoreRecord
 from ckptfuse.score_records import summarise
 from ckptfuse.service import Service, open_service
 

@@ -27,7 +27,7 @@ import ckptfuse.merge.folder
 import tasks.artifacts
 import tasks.ledger
 import tasks.retention
-from ckptfuse.records import Records
+from ckptfuse.record_files import Records
 from flows.watch import watch
 from tests.conftest import Project, Trajectory
 from tests.observing import observe

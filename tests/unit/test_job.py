@@ -35,7 +35,8 @@ from ckptfuse.protocol import (
     score_key,
 )
 from ckptfuse.reading import Loaded, load
-from ckptfuse.records import Records, ScoreRecord
+from ckptfuse.record_files import Records
+from ckptfuse.records import ScoreRecord
 from ckptfuse.store import FolderStore
 from tests.helpers import blocks_of_lengths
 

@@ -12,12 +12,12 @@ import pytest
 
 from ckptfuse import records as records_module
 from ckptfuse.errors import MissingFile, RecordError
+from ckptfuse.record_files import Records
 from ckptfuse.records import (
     CheckpointRecord,
     DomainScore,
     PlanRecord,
     Record,
-    Records,
     ScoreRecord,
     SkipRecord,
 )
