@@ -7,9 +7,11 @@ user, and ends with the process that holds it. A CPU is shared, as it always is.
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,6 +21,8 @@ from ckptfuse.errors import ConfigurationError
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 #: One folder for all users, whatever their TMPDIR.
 LOCKS = Path("/tmp/ckptfuse-devices")
+#: As CUDA reads the list, up to the first that is none: -1, and what Slurm sets without GPUs.
+_IS_GPU = re.compile(r"\d+|GPU-.+|MIG-.+").fullmatch
 _PAUSE = 0.5  # seconds between two tries
 
 log = logging.getLogger("ckptfuse")
@@ -28,7 +32,7 @@ def visible_gpus() -> list[str]:
     """Those that this process may use: asked of the driver's files, since torch loads slowly."""
     chosen = os.environ.get(VISIBLE)
     if chosen is not None:
-        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
+        return list(takewhile(_IS_GPU, (gpu.strip() for gpu in chosen.split(","))))
     numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
     return sorted(numbers, key=int)
 

@@ -10,6 +10,7 @@ kept for the next ones::
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ from ckptfuse.errors import JobError
 from ckptfuse.job_forkserver import Ended, Job
 from ckptfuse.protocol import Event, Failed, Read, Request, Scored
 
+#: Jobs of one model each that die in a row until no more are started.
+ENOUGH = 2
+
 _SAID: TypeAdapter[Event | Ended] = TypeAdapter(Event | Ended)
 
 
@@ -40,6 +44,10 @@ class ModelScores:
     scored: Scored | None = None
     failed: Failed | None = None
 
+    @property
+    def is_complete(self) -> bool:
+        return self.scored is not None or self.failed is not None
+
 
 class Runner(Protocol):
     """Who carries out what a scorer asks: this machine, or others in its name."""
@@ -50,7 +58,7 @@ class Runner(Protocol):
     def run(
         self, request: Request, gpus_per_job: int, *, progress: Callable[[Event], None] = ...
     ) -> list[ModelScores]:
-        """One answer per model, in order. Raises JobError when a job dies."""
+        """One answer per model, in order. Raises JobError where no job can be run at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +88,7 @@ def run_jobs(
     *,
     progress: Callable[[Event], None] = lambda event: None,
 ) -> list[ModelScores]:
-    """Run a request as one job a slot (devices.py), at once; one answer per model, in order.
-
-    Raises JobError when one of the jobs does, after all have ended.
-    """
+    """Run a request as one job a slot (devices.py), at once; one answer per model, in order."""
     count = min(len(slots), len(request.models))
     if count <= 1:
         return run_job(request, progress=progress, environment=slots[0])
@@ -110,9 +115,38 @@ def run_job(
 ) -> list[ModelScores]:
     """Run one scoring job to its end; one answer per model of the request.
 
-    ``environment`` is added to this process's. Raises JobError when the job dies or stops before
-    it has spoken of every model.
+    A job that dies (of memory, for one) costs no other model its answer: those that it had not
+    spoken of get a job each, which holds one checkpoint at a time; one that dies again fails that
+    model. When ``ENOUGH`` in a row do, the fault is not the models', and the rest fail untried.
+    ``environment`` is added to this process's.
     """
+    answers, death = _run_once(request, progress, environment)
+    dead = 0
+    for index, answer in enumerate(answers):
+        if answer.is_complete:
+            continue
+        if len(answers) > 1 and dead < ENOUGH:
+            alone = request.model_copy(update={"models": request.models[index : index + 1]})
+
+            def tell(event: Event, index: int = index) -> None:
+                progress(event.model_copy(update={"model": index}))
+
+            (answer,), death = _run_once(alone, tell, environment)
+            dead = 0 if answer.is_complete else dead + 1
+        if not answer.is_complete:
+            failed = Failed(model=index, error="other", reason=death)
+            progress(failed)
+            answer = ModelScores(failed=failed)
+        answers[index] = answer
+    return answers
+
+
+def _run_once(
+    request: Request,
+    progress: Callable[[Event], None],
+    environment: Mapping[str, str] | None,
+) -> tuple[list[ModelScores], str]:
+    """What one job said of each model, and how it ended, with the end of its standard error."""
     with tempfile.TemporaryDirectory() as folder:
         path, errors = Path(folder, "request.json"), Path(folder, "stderr")
         path.write_text(request.model_dump_json())
@@ -133,10 +167,9 @@ def run_job(
                     progress(said)
                     events.append(said)
         answers = [_answer(index, events) for index in range(len(request.models))]
-        if status != 0 or not all(a.scored or a.failed for a in answers):
-            tail = errors.read_text(errors="replace")[-2000:]
-            raise JobError(f"the scoring job ended with status {status}:\n{tail}")
-    return answers
+        tail = errors.read_text(errors="replace")[-2000:].strip()
+    killed = " (out of memory?)" if status == -signal.SIGKILL else ""
+    return answers, f"the scoring job ended with status {status}{killed}: {tail}".removesuffix(": ")
 
 
 def _answer(index: int, events: Sequence[Event]) -> ModelScores:

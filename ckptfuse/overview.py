@@ -147,12 +147,12 @@ def _loss(service: Service, model_id: str, tokenizer: str, split: Split) -> floa
     return combine(by_domain, service.scorer.target_weights).mean if by_domain else None
 
 
-def steps_saved(rows: Sequence[Row]) -> dict[int, int | None]:
-    """Step of a fusion -> further steps until the raw trajectory first reaches its loss.
+def steps_saved(rows: Sequence[Row]) -> list[int | None]:
+    """Of each row's fusion: further steps until the raw trajectory first reaches its loss.
 
     ``rows`` in the order of training. None without a fusion, or if it has not been reached.
     """
-    return {r.step: _steps_saved(r, islice(rows, number, None)) for number, r in enumerate(rows)}
+    return [_steps_saved(row, islice(rows, number, None)) for number, row in enumerate(rows)]
 
 
 def _steps_saved(fused: Row, later: Iterable[Row]) -> int | None:

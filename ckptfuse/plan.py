@@ -6,7 +6,7 @@ the same bucket and records always give the same actions, whoever asks and how o
 
 import bisect
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptfuse.listing import Healthy, Listed, Listing
@@ -29,6 +29,7 @@ class State:
     checkpoints: Mapping[str, CheckpointRecord] = field(default_factory=dict)
     scored: frozenset[str] = frozenset()  # signatures whose every split has a score
     held: frozenset[str] = frozenset()  # signatures that could not be read just now
+    delayed: frozenset[str] = frozenset()  # windows that could not be published just now
     affordable: int | None = None  # checkpoints that the day's scoring budget allows; None: all
     quarantined: Mapping[str, QuarantineRecord] = field(default_factory=dict)
     gates: Mapping[str, GateRecord] = field(default_factory=dict)
@@ -65,6 +66,9 @@ class Fuse:
 @dataclass(frozen=True, slots=True)
 class Actions:
     """What is to be done, in this order. ``publish`` are windows whose gate said so before.
+
+    Those judged under other parameters or on other text are skipped: what was measured for them
+    is no evidence beside what is measured now.
 
     ``notes`` say what is left undone to keep to params' limits; ``due`` are all checkpoints that
     wait for a score, those that the limits let be scored now among them.
@@ -107,21 +111,38 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
     def key(newest: CheckpointRecord) -> str:
         return window_key(newest, science, state.corpus)
 
+    publish, overtaken = _to_publish(state, key)
     still_open = windows(healthy, params.window, lambda newest: not state.is_closed(key(newest)))
     waiting = [Fuse(key(window.newest), window) for window in still_open]
-    in_order = sorted(state.gates.items(), key=lambda item: item[1].test)
-    publish = tuple(
-        key for key, gate in in_order if gate.verdict == "publish" and not state.is_closed(key)
-    )
-    waiting = [item for item in waiting if item.key not in publish]
+    waiting = [item for item in waiting if item.key not in state.gates]
     if not live or not waiting:
-        return Actions(publish=publish, fuse=tuple(waiting), notes=notes, due=due)
+        return Actions(publish=publish, skip=overtaken, fuse=tuple(waiting), notes=notes, due=due)
     newest = waiting[-1]
     superseded = tuple(
         Skip(item.key, item.window.step, f"superseded by step {newest.window.step}")
         for item in waiting[:-1]
     )
-    return Actions(publish=publish, skip=superseded, fuse=(newest,), notes=notes, due=due)
+    skip = (*overtaken, *superseded)
+    return Actions(publish=publish, skip=skip, fuse=(newest,), notes=notes, due=due)
+
+
+def _to_publish(
+    state: State, key: Callable[[CheckpointRecord], str]
+) -> tuple[tuple[str, ...], tuple[Skip, ...]]:
+    """The windows that passed the gate and wait, in the order of its tests; those overtaken."""
+    waiting = [
+        window
+        for window, gate in sorted(state.gates.items(), key=lambda item: item[1].test)
+        if gate.verdict == "publish" and not state.is_closed(window)
+    ]
+    if not waiting:
+        return (), ()
+    present = {key(checkpoint) for checkpoint in state.checkpoints.values()}
+    overtaken = "passed the gate, but waited until parameters or text had changed"
+    return (
+        tuple(w for w in waiting if w in present and w not in state.delayed),
+        tuple(Skip(w, state.gates[w].step, overtaken) for w in waiting if w not in present),
+    )
 
 
 def _to_score(

@@ -153,7 +153,7 @@ def _put_by_hand(
 
 
 def _next_number(service: Service) -> int:
-    return len(service.records.all(PromotionRecord)) + 1
+    return max((p.number for p in service.records.all(PromotionRecord).values()), default=0) + 1
 
 
 def _decide(service: Service, decided: PlanRecord) -> _Decision | None:
@@ -174,8 +174,10 @@ def _decide(service: Service, decided: PlanRecord) -> _Decision | None:
     if present_loss is None:
         better = f"{name} can no longer be scored on the present audit text"
     else:
-        own = losses_of(service, decided.fusion, decided.tokenizer, "audit")
-        gain = present_loss - target_loss(service, own)
+        own = _audit_loss(service, decided.fusion, decided.tokenizer)
+        if own is None:
+            return _Decision(False, "it can no longer be scored on the present audit text")
+        gain = present_loss - own
         needed = service.params.promotion.minimum_gain
         if gain <= needed:
             reason = f"{gain:+.4f} nats on audit against {name}, more than {needed:g} needed"
@@ -207,7 +209,7 @@ def _hear(service: Service, fusion: str, present: PromotionRecord, better: str) 
 
 
 def _audit_loss(service: Service, fusion: str, tokenizer: str) -> float | None:
-    """The champion's loss, scored now if the audit text changed since it was published."""
+    """A fusion's loss, scored now if the audit text changed since it was published."""
     losses = service.scorer.losses(fusion, tokenizer, "audit")
     if losses is None:
         plans = service.records.all(PlanRecord).values()

@@ -2,9 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Iterable
-
-from ckptfuse.records import CheckpointRecord
+from collections.abc import Collection, Iterable
 
 #: Checkpoints whose spacing is what is usual.
 RECENT = 10
@@ -20,12 +18,13 @@ def usual_interval(times: Iterable[float]) -> float | None:
     return statistics.median(later - earlier for earlier, later in itertools.pairwise(recent))
 
 
-def silence(known: Iterable[CheckpointRecord], now: float) -> tuple[float, float] | None:
+def silence(written: Collection[float], now: float) -> tuple[float, float] | None:
     """Seconds since the newest checkpoint and those that are usual between two, if that is long.
+
+    ``written``: when each was, in seconds since the epoch, as ``now``.
 
     None while the trainer is within ``PATIENCE`` times the usual, or too few are known to tell.
     """
-    written = [record.modified for record in known]
     usual = usual_interval(written)
     if not usual:
         return None

@@ -157,12 +157,19 @@ def tokens_of(record: CheckpointRecord, params: WindowParams) -> float | None:
 
 
 def in_order(records: Iterable[CheckpointRecord]) -> list[CheckpointRecord]:
-    """By training; the same bytes of one step under two names (a copy) count once."""
+    """By training, one of each step: of the same bytes under two names (a copy) the first.
+
+    Of other bytes (converted again, say) the one that was written last.
+    """
     ordered = sorted(records, key=lambda record: (record.generation, record.step, record.name))
     first: dict[tuple[str, int], CheckpointRecord] = {}
     for record in ordered:
         first.setdefault((record.fingerprint, record.step), record)
-    return list(first.values())
+    last: dict[tuple[int, str, int], CheckpointRecord] = {}
+    for record in first.values():
+        place = (record.generation, record.segment, record.step)
+        last[place] = max(last.get(place, record), record, key=lambda one: (one.modified, one.name))
+    return list(last.values())
 
 
 def _generation_starts(records: Iterable[CheckpointRecord]) -> dict[int, int]:

@@ -3,16 +3,17 @@
 from prefect import flow
 from prefect.futures import wait
 
-from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.digests import digest
 from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues, RuleError
-from ckptfuse.plan import Fuse, Quarantine, Skip
+from ckptfuse.listing import Listing
+from ckptfuse.plan import Fuse, Quarantine, Skip, State
 from ckptfuse.records import (
     CheckpointRecord,
     FusionRecord,
     GateRecord,
     PlanRecord,
     PublicationRecord,
+    SkipRecord,
 )
 from ckptfuse.service import Service
 from ckptfuse.steps import merge
@@ -37,8 +38,8 @@ MAX_REVIEWS = 8
 def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRecord | None:
     """Take one window through to its verdict and, if the gate passes, its publication.
 
-    ``members`` are the signatures of the window's checkpoints, oldest first. None when a
-    checkpoint turned out to be damaged; it is quarantined then.
+    ``members`` are the signatures of the window's checkpoints, oldest first. None when the merge
+    is not finite: a damaged checkpoint is quarantined then, and the window skipped without one.
     """
     service = open_flow(params_file)
     known = service.records.all(CheckpointRecord)
@@ -103,7 +104,7 @@ def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
     """Quarantine the member that is to blame, so that the window is planned without it."""
     blamed = [m for m in item.window.members if error.checkpoint in (m.name, m.uri)]
     for member in blamed:
-        quarantine(service, Quarantine(open_checkpoint(member.uri), None, str(error)))
+        quarantine(service, Quarantine(member, None, str(error)))
     if not blamed:  # the merge itself overflows: to try again would not help
         skip(service, Skip(item.key, item.window.step, str(error)))
 
@@ -119,22 +120,27 @@ def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -
 def fuse_step(params_file: str, step: int | None = None) -> GateRecord:
     """Fuse the window that ends at ``step`` (the newest without one), from recorded scores.
 
-    Raises ConfigurationError when there is no such window.
+    One that is decided keeps its verdict. Raises ConfigurationError when there is no such window.
     """
     service = open_flow(params_file)
     with service.workspace.lock() as mine:
         if not mine:
             raise CkptfuseError("another process is at work on this workspace; try again later")
-        item = _find_window(service, step)
+        listing, state = discover(service)
+        item = _find_window(service, listing, state, step)
+        known = state.gates.get(item.key)
+        if known is not None and state.is_closed(item.key):
+            return known
         members = [member.signature for member in item.window.members]
         verdict = fuse(params_file, item.key, item.window.step, members)
+        skipped = service.records.get(SkipRecord, item.key)
     if verdict is None:
-        raise CkptfuseError(f"step {item.window.step}: a checkpoint of the window is damaged")
+        why = skipped.reason if skipped else "a checkpoint of the window is damaged"
+        raise CkptfuseError(f"step {item.window.step}: {why}")
     return verdict
 
 
-def _find_window(service: Service, step: int | None) -> Fuse:
-    listing, state = discover(service)
+def _find_window(service: Service, listing: Listing, state: State, step: int | None) -> Fuse:
     healthy = [
         state.checkpoints[checkpoint.signature]
         for checkpoint in listing.complete

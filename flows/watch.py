@@ -11,10 +11,10 @@ from typing import cast
 from prefect import flow
 from prefect.utilities.annotations import quote
 
-from ckptfuse.errors import PublicationError
+from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.listing import Listed, Listing
 from ckptfuse.plan import Actions, State
-from ckptfuse.records import GateRecord
+from ckptfuse.records import GateRecord, SkipRecord
 from ckptfuse.service import Service, plans_of
 from ckptfuse.steps.look import load_state, look_file
 from flows.fuse import fuse, publish_window
@@ -44,7 +44,13 @@ class Summary:
     held: frozenset[str] = frozenset()
     verdicts: list[GateRecord] = field(default_factory=list)
     published: int = 0
-    delayed: str | None = None  # why a publication waits for the next run
+    waiting: frozenset[str] = frozenset()  # windows whose publication waits for the next run
+    delayed: str | None = None  # why the last of them does
+
+    def delay(self, window: str, error: CkptfuseError) -> None:
+        self.waiting |= {window}
+        self.delayed = str(error)
+        log.warning("publication waits for the next run: %s", error)
 
     @property
     def did_nothing(self) -> bool:
@@ -73,22 +79,18 @@ def _look(
     listed, state = discover(service)
     listing = listed.between(first, last)
     summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
-    try:
-        while actions := _plan(service, listing, state, live):
-            _act(service, params_file, state, actions, summary)
-            state = load_state(service, summary.held)
-        for note in actions.notes:
-            log.info(note)
-    except PublicationError as error:
-        summary.delayed = str(error)
-        log.warning("publication waits for the next run: %s", error)
+    while actions := _plan(service, listing, state, live):
+        _act(service, params_file, state, actions, summary)
+        state = load_state(service, summary.held, summary.waiting)
+    for note in actions.notes:
+        log.info(note)
     # Whatever this look did: the one before may have been killed on its way here.
     settle_champion(service)
     draw_curves(service)
     prune(service)
     look_file(service).end(held=len(summary.held), waits=summary.delayed is not None)
     if live:
-        news.looked(service)
+        news.looked(service, listing)
     if not summary.did_nothing:
         show_fusions(service)
         name_run(_outcome(summary, listing))
@@ -128,17 +130,26 @@ def _act(
         summary.quarantined += len(unscored) - len(held)
         summary.scored += len(actions.score) - len(unscored)
     for key in actions.publish:
-        publish_window(service, plans_of(service)[key], state.gates[key])
-        summary.published += 1
+        try:
+            publish_window(service, plans_of(service)[key], state.gates[key])
+            summary.published += 1
+        except CkptfuseError as error:  # its server is down, or what it was made of is gone
+            summary.delay(key, error)
     for superseded in actions.skip:
         skip(service, superseded)
         summary.skipped += 1
     for item in actions.fuse:
         members = [member.signature for member in item.window.members]
-        verdict = fuse(params_file, item.key, item.window.step, members)
-        if verdict is None:
-            summary.quarantined += 1
-            return  # plan again without the damaged checkpoint
+        try:
+            verdict = fuse(params_file, item.key, item.window.step, members)
+        except PublicationError as error:
+            summary.delay(item.key, error)
+            continue
+        if verdict is None:  # plan again: without the damaged checkpoint, or on from the window
+            is_skipped = service.records.has(SkipRecord, item.key)
+            summary.skipped += is_skipped
+            summary.quarantined += not is_skipped
+            return
         summary.verdicts.append(verdict)
         summary.published += verdict.verdict == "publish"
 

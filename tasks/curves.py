@@ -25,8 +25,9 @@ _BATCH = 1000
 
 #: A metric's name, its value, the training step, and when its checkpoint was written (s).
 Point = tuple[str, float, int, float]
-#: Metric -> the training steps at which MLflow has it.
-Logged = dict[str, set[int]]
+#: Metric -> where MLflow has it: the training step, and when its checkpoint was written (ms). A
+#: trainer that went back writes a step again.
+Logged = dict[str, set[tuple[int, int]]]
 _LARGEST_LOSS = 700.0  # nats, whose perplexity is still a float64
 
 
@@ -41,14 +42,14 @@ def draw_curves(registry: Registry) -> None:
     seen = overview(registry.service)
     logged = _logged(registry, run)
     fresh = [
-        Metric(name, value, round(modified * 1000), step)
+        Metric(name, value, _milliseconds(modified), step)
         for name, value, step, modified in _points(registry.service, seen, logged)
-        if math.isfinite(value) and step not in logged.get(name, ())
+        if math.isfinite(value) and (step, _milliseconds(modified)) not in logged.get(name, ())
     ]
     for start in range(0, len(fresh), _BATCH):
         registry.client.log_batch(run, metrics=fresh[start : start + _BATCH])
     for metric in fresh:
-        logged.setdefault(metric.key, set()).add(metric.step)
+        logged.setdefault(metric.key, set()).add((metric.step, metric.timestamp))
     _remember(registry, run, logged)
     registry.client.log_text(run, figures.losses(seen), "figures/losses.svg")
     if any(row.plan is not None for row in seen.rows):
@@ -60,19 +61,20 @@ def _logged(registry: Registry, run: str) -> Logged:
     try:
         remembered = json.loads(_memory(registry).read_text())
         if remembered["run"] == run:
-            return {name: set(steps) for name, steps in remembered["logged"].items()}
+            places = remembered["logged"].items()
+            return {name: {(step, at) for step, at in found} for name, found in places}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         pass  # nothing there, or cut off by a kill
     client = registry.client
     return {
-        name: {metric.step for metric in client.get_metric_history(run, name)}
+        name: {(one.step, one.timestamp) for one in client.get_metric_history(run, name)}
         for name in client.get_run(run).data.metrics
     }
 
 
 def _remember(registry: Registry, run: str, logged: Logged) -> None:
-    steps = {name: sorted(found) for name, found in logged.items()}
-    _memory(registry).write_text(json.dumps({"run": run, "logged": steps}))
+    places = {name: sorted(found) for name, found in logged.items()}
+    _memory(registry).write_text(json.dumps({"run": run, "logged": places}))
 
 
 def _memory(registry: Registry) -> Path:
@@ -100,9 +102,7 @@ def _points(service: Service, seen: Overview, logged: Logged) -> Iterator[Point]
                 yield (note, plan.notes[note], *point)
         for domain, energy in domain_energies(plan.notes).items():
             yield (f"{ENERGY}.{domain}", energy, *point)
-    saved = steps_saved(seen.rows)
-    for row in seen.rows:
-        steps = saved[row.step]
+    for row, steps in zip(seen.rows, steps_saved(seen.rows), strict=True):
         if steps is not None and row.plan is not None:
             yield ("steps_saved", steps, row.step, written.get(row.plan.ancillary, 0.0))
 
@@ -121,7 +121,8 @@ def _losses(
     read.
     """
     for split in SPLITS:
-        if point[0] in logged.get(f"{_prefix(split)}loss.{name}", ()):
+        step, modified = point
+        if (step, _milliseconds(modified)) in logged.get(f"{_prefix(split)}loss.{name}", ()):
             continue
         by_domain = service.scorer.by_domain(model_id, tokenizer, split)
         if not by_domain:
@@ -132,6 +133,10 @@ def _losses(
             if loss < _LARGEST_LOSS:
                 yield (f"{_prefix(split)}perplexity.{metric}", math.exp(loss), *point)
             yield (f"{_prefix(split)}loss.{metric}", loss, *point)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _prefix(split: Split) -> str:

@@ -1,6 +1,7 @@
-"""Held checkpoints: copies, without optimizer state, of those that kept fusions were made of.
+"""Held checkpoints: copies of those that kept fusions were made of.
 
-    held/checkpoints/<fingerprint>/   the files that a checkpoint's identity covers
+    held/checkpoints/<fingerprint>/   the files that a checkpoint's identity covers (without those
+                                      of an optimizer, where they stand apart)
     held/<tag>/<name>                 links to them: the window of one fusion
 
 Trainers delete old checkpoints. With ``versions.inputs: held`` a fusion can be made again all the
@@ -66,7 +67,7 @@ def copy_of(service: Service, fingerprint: str) -> Path | None:
 
 def cost(service: Service) -> Cost:
     folders = _inside(_root(service) / _CHECKPOINTS)
-    sizes = [path.stat().st_size for folder in folders for path in folder.iterdir()]
+    sizes = [path.stat().st_size for folder in folders for path in _files(folder)]
     return Cost(len(folders), sum(sizes))
 
 
@@ -76,7 +77,7 @@ def only_of(service: Service, tag: str, gone: Collection[str]) -> set[Path]:
     others = {folder.name for folder in _inside(root)} - {tag, *gone}
     needed = _named(root, *others)
     alone = _named(root, tag) - needed
-    return {path for name in alone for path in (root / _CHECKPOINTS / name).iterdir()}
+    return {path for name in alone for path in _files(root / _CHECKPOINTS / name)}
 
 
 def release(service: Service, tag: str) -> None:
@@ -91,6 +92,11 @@ def release(service: Service, tag: str) -> None:
 
 def _root(service: Service) -> Path:
     return service.workspace.root / "held"
+
+
+def _files(folder: Path) -> set[Path]:
+    """A distributed checkpoint has some of them a folder below."""
+    return {path for path in folder.rglob("*") if path.is_file()}
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -4,8 +4,8 @@ import time
 from datetime import timedelta
 
 from ckptfuse.gate import declined_streak
-from ckptfuse.listing import Listed
-from ckptfuse.records import CheckpointRecord, GateRecord, PublicationRecord
+from ckptfuse.listing import Healthy, Listed, Listing
+from ckptfuse.records import CheckpointRecord, GateRecord, PublicationRecord, QuarantineRecord
 from ckptfuse.service import Service
 from ckptfuse.stalls import silence
 from ckptfuse.steps.marks import spikes_among
@@ -49,13 +49,14 @@ def scored(service: Service, records: list[CheckpointRecord]) -> None:
             tell(service, "checkpoint.spiked", record.step, text)
 
 
-def looked(service: Service) -> None:
+def looked(service: Service, listing: Listing) -> None:
     """Of a trainer that has fallen silent, once for each newest checkpoint."""
-    known = service.records.all(CheckpointRecord).values()
-    found = silence(known, time.time())
+    seen = {c.signature: c for c in listing.complete if not isinstance(c, QuarantineRecord)}
+    known: dict[str, Healthy] = {**service.records.all(CheckpointRecord), **seen}
+    found = silence([one.modified for one in known.values()], time.time())
     if found is None:
         return
-    newest = max(known, key=lambda record: record.modified)
+    newest = max(known.values(), key=lambda one: one.modified)
     told = service.workspace.folder("cache") / "stalled"
     if told.is_file() and told.read_text() == newest.signature:
         return

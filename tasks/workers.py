@@ -21,7 +21,7 @@ from ckptfuse.devices import visible_gpus
 from ckptfuse.digests import digest
 from ckptfuse.errors import JobError, MissingFile
 from ckptfuse.jobs import Here, ModelScores
-from ckptfuse.protocol import CheckpointModel, Event, MergeModel, Model, Request
+from ckptfuse.protocol import CheckpointModel, Event, Failed, MergeModel, Model, Request
 from ckptfuse.store import FolderStore, remove_folder
 from tasks.deployments import Attempts, Piece, hand_over
 
@@ -106,12 +106,27 @@ class Workers:
         deployment = f"{SCORE}/{self.trajectory}"
         failures = hand_over(deployment, pieces, Attempts(handed.store)) if pieces else {}
         answers = {key: handed.answer(key) for key in requests}
-        missing = [key for key, answer in answers.items() if answer is None]
-        if missing:  # what the others answered is there for the next look
-            reasons = [failures.get(key, "it left no answer") for key in missing]
-            raise JobError(f"{len(missing)} of {len(requests)} score runs failed: {reasons[0]}")
+        reasons = {
+            key: failures.get(key, "it left no answer")
+            for key, answer in answers.items()
+            if answer is None
+        }
+        if len(reasons) == len(requests):
+            raise JobError(f"{len(reasons)} score runs failed: {next(iter(reasons.values()))}")
         handed.forget(list(requests))
-        return [one for answer in answers.values() for one in answer or ()]
+        return [
+            one
+            for key, answer in answers.items()
+            for one in answer or _failed(requests[key], reasons[key])
+        ]
+
+
+def _failed(request: Request, reason: str) -> list[ModelScores]:
+    told = f"its score run failed: {reason}"
+    return [
+        ModelScores(failed=Failed(model=index, error="other", reason=told))
+        for index in range(len(request.models))
+    ]
 
 
 def batched(models: Sequence[Model], size: int) -> Iterator[tuple[Model, ...]]:

@@ -11,11 +11,12 @@ from ckptfuse.params import load_params
 from ckptfuse.published import publications
 from ckptfuse.service import Service, open_service
 from flows.watch import watch
+from infra.native.postgres import free_port
 from tasks.chain import verify
 from tasks.checks.published import TAGS, VERSIONS, published
 from tasks.dvc_cache import DvcCache
 from tasks.version import ledger_of
-from tests.conftest import Project
+from tests.conftest import Project, Trajectory, make_project
 from tests.relocating import copy_of
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -75,6 +76,29 @@ def test_a_ledger_that_was_lost_is_missed_and_written_again(project: Project) ->
     assert seen(project) == {TAGS: "ok", VERSIONS: "ok"}
     assert project.versions() == versions, "none was registered twice"
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+def test_while_mlflow_is_down_later_windows_are_merged_and_judged_all_the_same(
+    tmp_path: Path, trajectory: Trajectory
+) -> None:
+    nowhere = {"tracking_uri": f"http://127.0.0.1:{free_port()}"}
+    project = make_project(tmp_path / "down", trajectory, mlflow=nowhere)
+    project.land(420, 480, 540, 600)
+    first = watch(project.params_file)
+    project.land(660, 720)
+    second = watch(project.params_file)
+    for look, count in ((first, 1), (second, 2)):
+        assert (look.published, len(look.waiting)) == (0, count)
+        assert "does not answer" in str(look.delayed)
+    assert sorted(str(g["step"]) for g in project.records("gate").values()) == ["600", "720"]
+    assert len(project.git("tag").split()) == 2, "the ledger does not wait either"
+
+    params = Path(project.params_file)
+    params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), "mlflow": {}}))
+    third = watch(project.params_file)
+    assert (third.published, third.delayed) == (2, None)
+    assert [record.step for record in publications(opened(project))] == [600, 720]
+    assert project.aliases()["candidate"] == "2"
 
 
 def test_a_new_workspace_goes_on_with_the_ledger_and_the_registry_of_a_lost_one(

@@ -41,10 +41,15 @@ class Seen:
 
     @property
     def queue(self) -> list[tuple[int, float]]:
-        """Step and time of the checkpoints that were due and have no record since."""
-        known = self.checkpoints.keys() | self.quarantined.keys()
+        """Step and time of the checkpoints that were due, and still are."""
         due = self.look.queue if self.look else ()
-        return [(item.step, item.written) for item in due if item.signature not in known]
+        return [(item.step, item.written) for item in due if not self._is_done(item.signature)]
+
+    def _is_done(self, signature: str) -> bool:
+        known = self.checkpoints.get(signature)
+        if known is None:
+            return signature in self.quarantined
+        return self.loss(known.fingerprint, known.tokenizer) is not None
 
     def loss(self, model: str, tokenizer: str) -> float | None:
         """The target loss on report text (nats per token), None where there is none yet.

@@ -46,8 +46,12 @@ def discover(service: Service) -> tuple[Listing, State]:
     return found, state
 
 
-def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
-    """What the records say now; ``held`` are signatures to leave alone in this run."""
+def load_state(
+    service: Service,
+    held: frozenset[str] = frozenset(),
+    delayed: frozenset[str] = frozenset(),
+) -> State:
+    """What the records say now; checkpoints ``held``, windows ``delayed`` are left alone now."""
     records, scorer = service.records, service.scorer
     known = records.all(CheckpointRecord)
     return State(
@@ -55,6 +59,7 @@ def load_state(service: Service, held: frozenset[str] = frozenset()) -> State:
         checkpoints=known,
         scored=scorer.scored_among(known.values()),
         held=held,
+        delayed=delayed,
         affordable=scorer.affordable(),
         quarantined=records.all(QuarantineRecord),
         gates={gate.window: gate for gate in records.all(GateRecord).values()},

@@ -54,6 +54,8 @@ def backfill(
     stdout.print(table(overview(service)))
     stdout.print(sentence(summary), markup=False)
     stderr.print(f"raw against merged, drawn: {write_report(service)}", markup=False)
+    if summary.busy or summary.delayed:
+        raise typer.Exit(1)
 
 
 def _given(

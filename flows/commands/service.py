@@ -61,18 +61,23 @@ def watch(
         if summary.delayed:
             raise typer.Exit(1)
         return
+    _look_and_go_on(watch_flow, file, is_first=True)
     while True:
-        _look_and_go_on(watch_flow, file)
         time.sleep(loaded.watch.interval_seconds)
+        _look_and_go_on(watch_flow, file)
 
 
-def _look_and_go_on(watch_flow: object, file: str) -> None:
-    """One scheduled look; a failure is told, and the next look tries again."""
+def _look_and_go_on(watch_flow: object, file: str, *, is_first: bool = False) -> None:
+    """One scheduled look; a failure is told, and the next look tries again.
+
+    What is configured wrongly is told at once, and not by a watch that was at work: parameters or
+    text that are being edited are wrong for a moment.
+    """
     try:
         summary: Summary = watch_flow(file)  # type: ignore[operator]
     except Exception as error:  # the watch outlives a store, a server or a disk that fails
         in_the_making = isinstance(error, CorpusError)  # a file of text may be, at this moment
-        if isinstance(error, ConfigurationError) and not in_the_making:
+        if is_first and isinstance(error, ConfigurationError) and not in_the_making:
             raise
         stderr.print(f"this look failed, the next one tries again: {error}", markup=False)
         return
@@ -113,15 +118,16 @@ def sentence(summary: "Summary") -> str:
     if summary.busy:
         return "Another process is at work on this workspace; nothing done."
     waiting = f" ({summary.incomplete} not complete yet)" if summary.incomplete else ""
-    if summary.delayed:
-        return f"Publication waits for the next run: {summary.delayed}"
+    delayed = f"Publication waits for the next run: {summary.delayed}" if summary.delayed else ""
+    if summary.did_nothing and delayed:
+        return delayed
     if summary.did_nothing:
         held = f"; {len(summary.held)} could not be read" if summary.held else ""
         return f"Nothing to do: {summary.complete} checkpoints, all seen before{waiting}{held}."
     verdicts = [f"step {v.step}: {v.verdict} ({v.reason})" for v in summary.verdicts]
     return (
         f"{summary.scored} scored, {summary.quarantined} quarantined, {summary.skipped} skipped, "
-        f"{summary.published} published{waiting}. " + " ".join(verdicts)
+        f"{summary.published} published{waiting}. " + " ".join([*verdicts, delayed])
     ).strip()
 
 

@@ -266,9 +266,9 @@ def _print_gains(service: Service, result: _Result) -> None:
 
 def _print_saved(seen: Overview) -> None:
     """At how many further steps the raw run reached a fusion's loss."""
-    published = [row for row in seen.rows if row.verdict in ("published", "champion")]
-    saved = steps_saved(seen.rows)
-    reached = {row.step: further for row in published if (further := saved[row.step])}
+    ahead = zip(seen.rows, steps_saved(seen.rows), strict=True)
+    published = {r.step: saved for r, saved in ahead if r.verdict in ("published", "champion")}
+    reached = {step: saved for step, saved in published.items() if saved}
     last = seen.rows[-1].step
     if reached:
         examples = ", ".join(f"{step}: {saved}" for step, saved in reached.items())
@@ -277,7 +277,7 @@ def _print_saved(seen: Overview) -> None:
             f"whose loss the raw run reached by step {last} (fusion at step: further steps; "
             f"{examples})"
         )
-    open_ended = [row.step for row in published if row.step not in reached]
+    open_ended = [step for step in published if step not in reached]
     if open_ended:
         steps = ", ".join(str(step) for step in open_ended)
         console.print(

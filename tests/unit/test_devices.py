@@ -15,8 +15,11 @@ from ckptfuse.errors import ConfigurationError
 def test_the_environment_says_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "3, 5")
     assert visible_gpus() == ["3", "5"]
-    monkeypatch.setenv(VISIBLE, "")
-    assert visible_gpus() == []
+    for none in ("", "-1", "NoDevFiles", " ,0"):
+        monkeypatch.setenv(VISIBLE, none)
+        assert visible_gpus() == []
+    monkeypatch.setenv(VISIBLE, "MIG-7,1,-1,2")
+    assert visible_gpus() == ["MIG-7", "1"], "CUDA reads the list up to the first that is none"
 
 
 def test_each_job_has_gpus_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ckptfuse import blocks as blocks_module
 from ckptfuse import job, jobs
 from ckptfuse.checkpoints import open_checkpoint
-from ckptfuse.errors import CkptfuseError, JobError
+from ckptfuse.errors import CkptfuseError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.jobs import ModelScores, run_job, run_jobs
@@ -222,12 +223,48 @@ def test_what_has_its_records_is_not_scored_again(
     assert {entry.path: entry.version for entry in ran.records.store.list("")} == before
 
 
-def test_a_job_that_dies_is_an_error_with_its_last_words(
+def test_a_job_that_dies_fails_its_model_with_its_last_words(
     tmp_path: Path, llamas: list[Path]
 ) -> None:
     request = request_of(tmp_path, checkpoint(llamas[0]))
-    with pytest.raises(JobError, match=r"ended with status 1(.|\n)*unknown scheme"):
-        run_job(request.model_copy(update={"records": "nowhere://records"}))
+    (answer,) = run_job(request.model_copy(update={"records": "nowhere://records"}))
+    assert answer.failed is not None
+    assert answer.failed.reason.startswith("the scoring job ended with status 1: ")
+    assert "unknown scheme" in answer.failed.reason
+
+
+def test_a_job_that_is_killed_at_one_model_costs_no_other_its_answer(
+    tmp_path: Path, llamas: list[Path]
+) -> None:
+    poison = shutil.copytree(llamas[2], tmp_path / "poison")
+    engine = str(ROOT / "examples" / "own_engine.py")
+    program = (
+        "import os, runpy, sys\n"
+        "if 'poison' in open(sys.argv[1]).read(): os.kill(os.getppid(), 9)\n"
+        f"else: runpy.run_path({engine!r}, run_name='__main__')"
+    )
+    asked = request_of(
+        tmp_path, checkpoint(llamas[0]), checkpoint(poison), checkpoint(llamas[1])
+    ).model_copy(update={"command": (sys.executable, "-c", program)})
+    told: list[Event] = []
+    answers = run_job(asked, progress=told.append)
+    assert [answer.scored is not None for answer in answers] == [True, False, True]
+    assert answers[1].failed is not None
+    assert answers[1].failed.reason.startswith("the scoring job ended with status -9 (out of mem")
+    ends = [(event.model, event.event) for event in told if event.event in ("scored", "failed")]
+    assert ends == [(0, "scored"), (1, "failed"), (2, "scored")]
+
+
+def test_a_fault_that_kills_every_job_is_not_tried_for_every_model(
+    tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    run_once = jobs._run_once
+    monkeypatch.setattr(jobs, "_run_once", lambda *a: started.append(a) or run_once(*a))
+    request = request_of(tmp_path, *[checkpoint(llamas[0])] * 6)
+    answers = run_job(request.model_copy(update={"records": "nowhere://records"}))
+    assert all(answer.failed is not None for answer in answers)
+    assert len(started) == 1 + jobs.ENOUGH
 
 
 def test_infinite_losses_of_finite_weights_are_non_finite(

@@ -125,6 +125,16 @@ def test_losses_of_another_corpus_than_the_last_look_had_are_not_told(service: S
     assert found["step{scored}"] == 500
 
 
+def test_checkpoints_that_are_due_again_on_another_text_are_in_the_queue(
+    service: Service,
+) -> None:
+    queue = [Queued(signature=f"s{step}", step=step, written=step) for step in (400, 500)]
+    looked(service, queue=queue)
+    assert told(service)["queue_length"] == 0
+    looked(service, queue=queue, corpus="another")
+    assert told(service)["queue_length"] == 2
+
+
 def test_the_queue_is_what_was_due_and_has_no_record_since(service: Service) -> None:
     queue = [Queued(signature=f"s{step}", step=step, written=step) for step in (500, 600, 700)]
     looked(service, queue=queue, held=2, incomplete=1, unfinished=3)

@@ -1,5 +1,6 @@
 """The rows behind status and report, and how many steps a fusion was ahead."""
 
+import html
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def rows(*losses: float | None, fused: float | None = None) -> list[Row]:
 
 
 def saved(*losses: float | None, fused: float | None) -> int | None:
-    return steps_saved(rows(*losses, fused=fused))[100]
+    return steps_saved(rows(*losses, fused=fused))[0]
 
 
 # -- steps saved -------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def test_checkpoints_without_a_score_are_passed_over() -> None:
 
 def test_steps_before_the_fusion_do_not_count() -> None:
     found = [Row("early", 50, 1.0), *rows(3.0, 2.6, fused=2.8)]
-    assert steps_saved(found)[100] == 50
+    assert steps_saved(found)[1] == 50
 
 
 @given(losses=st.lists(st.floats(1, 4), min_size=1, max_size=8), fused=st.floats(1, 4))
@@ -195,9 +196,34 @@ def test_what_a_rule_found_is_told_by_status_and_report(service: Service) -> Non
         "only the newest 2 checkpoints count",
     ]
     assert notes(overview(service)) == [f"weights at step 300: {line}" for line in expected]
-    page = render(service)
+    page = html.unescape(render(service))
     assert all(line in page for line in expected)
     assert "Predicted and measured loss of merges" in page
+
+
+def test_what_strangers_name_their_tensors_is_no_part_of_the_page(service: Service) -> None:
+    aside = QuarantineRecord(
+        name="step400", uri="", step=400, signature="s400", architecture=None,
+        reason="<script>alert(1)</script> is not finite",
+    )  # fmt: skip
+    service.records.put("s400", aside)
+    page = render(service)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("<svg") == 2, "figures are drawn all the same"
+
+
+def test_the_report_stands_while_a_champion_is_not_scored_on_the_present_text(
+    service: Service, tmp_path: Path
+) -> None:
+    published(service, promoted=True)
+    assert "Champion of step 300 by domain" in render(service)
+    renewed = make_service(
+        tmp_path, corpus={"domains": {"text": {"path": str(tmp_path / "text.jsonl")}}, "salt": "x"}
+    )
+    page = render(renewed)
+    assert "Champion of step 300 by domain" not in page
+    assert "champion" in page
 
 
 def test_a_window_that_was_decided_again_shows_the_parameters_of_now(service: Service) -> None:

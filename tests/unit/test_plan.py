@@ -93,10 +93,10 @@ class World:
         )  # fmt: skip
         self._put(quarantined={**self.state.quarantined, checkpoint.signature: record})
 
-    def judge(self, key: str, step: int, verdict: str) -> None:
+    def judge(self, key: str, step: int, verdict: str, test: int = 1) -> None:
         record = GateRecord.model_validate(
             {"window": key, "fusion": f"fusion of {key}", "step": step, "verdict": verdict,
-             "reason": "", "test": 1, "alpha": 0.01, "comparisons": []}
+             "reason": "", "test": test, "alpha": 0.01, "comparisons": []}
         )  # fmt: skip
         self._put(gates={**self.state.gates, key: record})
 
@@ -185,6 +185,43 @@ def test_a_gate_that_said_publish_is_published_and_not_fused_again() -> None:
     assert actions.publish == (waiting.key,)
     assert not actions.fuse
     world.publish(waiting.key)
+    assert not world.plan()
+
+
+def test_a_publication_that_is_delayed_stops_no_other_window() -> None:
+    world = scored(100, 200)
+    (earlier,) = world.plan().fuse
+    world.judge(earlier.key, 200, "publish")
+    world.state = replace(world.state, delayed=frozenset({earlier.key}))
+    assert not world.plan(), "it is neither published nor fused again"
+    world.score(world.land(300))
+    actions = world.plan()
+    assert not actions.publish
+    assert fused(actions) == [[100, 200, 300]]
+
+
+def test_what_waited_is_published_in_the_order_of_the_gates_tests() -> None:
+    world = scored(100, 200)
+    keys = []
+    for number, step in enumerate((300, 400, 500, 600)):
+        (item,) = world.plan().fuse
+        keys.append(item.key)
+        world.judge(item.key, item.window.step, "publish", test=number + 1)
+        world.score(world.land(step))
+    assert world.plan().publish == tuple(keys)
+
+
+def test_what_waited_until_parameters_or_text_changed_is_skipped() -> None:
+    world = scored(100, 200)
+    (earlier,) = world.plan().fuse
+    world.judge(earlier.key, 200, "publish")
+    world.state = replace(world.state, corpus="another")
+    actions = world.plan()
+    assert not actions.publish
+    assert [(skip.window, skip.step) for skip in actions.skip] == [(earlier.key, 200)]
+    assert "had changed" in actions.skip[0].reason
+    assert fused(actions) == [[100, 200]]
+    world.act(actions)
     assert not world.plan()
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckptfuse.promotion import champion, decide_promotion
-from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord
+from ckptfuse.promotion import champion, decide_promotion, promote_by_hand
+from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord, PublicationRecord
 from ckptfuse.service import Service
 from tests.helpers import make_service, member, plan_record, record_losses
 
@@ -25,6 +25,13 @@ def published(service: Service, step: int, loss: float) -> PlanRecord:
     service.records.put(decided.window, decided)
     record_losses(service, decided.fusion, np.full(6, 10 * loss))
     return decided
+
+
+def publication(step: int) -> PublicationRecord:
+    return PublicationRecord(
+        fusion=f"fusion-{step}", window=f"window-{step}", step=step, tag=f"step-{step}",
+        commit="c", weights_hash="h", model_name="m", version="1",
+    )  # fmt: skip
 
 
 def promoted(service: Service, step: int, loss: float) -> PromotionRecord:
@@ -105,6 +112,34 @@ def test_a_champion_that_cannot_be_scored_on_a_new_audit_text_gives_way(
     decision = promoted(renewed, 300, 3.0)
     assert decision.promoted
     assert "can no longer be scored" in decision.reason
+
+
+def test_a_candidate_that_waited_until_the_audit_text_changed_is_not_promoted(
+    service: Service, tmp_path: Path
+) -> None:
+    promoted(service, 200, 3.0)
+    candidate = published(service, 300, 2.9)
+    renewed = make_service(
+        tmp_path, corpus={"domains": {"text": {"path": str(tmp_path / "text.jsonl")}}, "salt": "x"}
+    )
+    record_losses(renewed, "fusion-200", np.full(6, 30.0))  # the champion was scored again
+    decision = decide_promotion(renewed, candidate)
+    assert decision is not None
+    assert not decision.promoted
+    assert decision.reason == "it can no longer be scored on the present audit text"
+
+
+def test_a_decision_by_hand_is_written_though_a_record_before_it_was_removed(
+    service: Service,
+) -> None:
+    for step in (200, 300):
+        promoted(service, step, 3.0 - step / 1000)
+    one, two = (publication(step) for step in (200, 300))
+    promote_by_hand(service, one, by="a", reason="b")
+    (service.records.store.root / "promotion" / "fusion-300.json").unlink()  # type: ignore[attr-defined]
+    again = promote_by_hand(service, two, by="a", reason="b")
+    assert again.number == 4
+    assert champion(service) == again
 
 
 def test_a_champion_whose_weights_were_pruned_gives_way_on_a_new_audit_text(

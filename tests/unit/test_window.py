@@ -207,6 +207,16 @@ def test_every_part_of_the_training_setup_makes_a_segment() -> None:
     assert len({segment_of(**{**setup, **change}) for change in changes}) == 5  # type: ignore[arg-type]
 
 
+def test_of_two_checkpoints_of_one_step_the_one_written_last_counts() -> None:
+    first = checkpoint_record(200, name="step200", modified=5.0)
+    again = checkpoint_record(200, name="step200-hf", modified=6.0, fingerprint="other")
+    elsewhere = checkpoint_record(200, name="stage2-step200", segment="two", fingerprint="third")
+    for records in ([first, again, elsewhere], [elsewhere, again, first]):
+        assert in_order([*records, checkpoint_record(100)]) == [
+            checkpoint_record(100), elsewhere, again
+        ]  # fmt: skip
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4), st.sampled_from("ab")), unique=True)
 )
