@@ -2,8 +2,8 @@
 
 A value comes from, in this order: the environment (``CKPTFUSE_BUCKET``,
 ``CKPTFUSE_GATE__MINIMUM_GAIN``), ``params.yaml``, the default below. An unknown key is an error
-that names it. The first group of sections is the science: it decides bytes and verdicts, is
-pinned with every fusion and is what DVC tracks. The second is operations.
+that names it. The first sections are the science: they decide bytes and verdicts, are pinned with
+every fusion and are what DVC tracks (``SCIENTIFIC``). The others are operations.
 """
 
 import difflib

@@ -1,12 +1,10 @@
 """Champion or not: a second decision, apart from publication, so that consumers are not churned."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.published import in_order_of_publication
 from ckptfuse.records import (
-    FusionRecord,
     PlanRecord,
     PromotionRecord,
     PublicationRecord,
@@ -214,10 +212,8 @@ def _audit_loss(service: Service, fusion: str, tokenizer: str) -> float | None:
     if losses is None:
         plans = service.records.all(PlanRecord).values()
         plan = next((p for p in plans if p.fusion == fusion), None)
-        merged = service.records.get(FusionRecord, fusion)
+        merged = service.weights_of(fusion)
         if plan is None or merged is None or plan.tokenizer != tokenizer:
-            return None
-        if not Path(merged.folder).is_dir():
             return None
         score_fusion(service, plan, merged)
         losses = losses_of(service, fusion, tokenizer, "audit")

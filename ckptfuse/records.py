@@ -157,12 +157,12 @@ class PlanRecord(Record):
 
 
 class FusionRecord(Record):
-    """A merged model that lies complete in the workspace; keyed by the fusion id."""
+    """A merged model: complete in the workspace, if it is still there; keyed by the fusion id."""
 
+    model_config = ConfigDict(extra="ignore", frozen=True)  # once it said in which folder
     kind: ClassVar = "fusion"
     fusion: str
     step: int
-    folder: str
     size: int
     files: dict[str, tuple[int, str]]  # path -> size, content hash
 

@@ -11,7 +11,7 @@ from ckptfuse.jobs import Here, Runner
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
 from ckptfuse.record_files import Records
-from ckptfuse.records import GateRecord, PlanRecord
+from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.rules import get_rule
 from ckptfuse.scoring import Scorer
 from ckptfuse.store import throttle
@@ -33,6 +33,11 @@ class Service:
     @cached_property
     def scorer(self) -> Scorer:
         return Scorer(self.params, self.records, self.workspace.folder("cache"), self.runner)
+
+    def weights_of(self, fusion: str) -> Path | None:
+        """The folder of a merged model; None where it is not (any more, or completely) here."""
+        folder = self.workspace.model(fusion)
+        return folder if self.records.has(FusionRecord, fusion) and folder.is_dir() else None
 
     def __reduce__(self) -> tuple[Callable[..., "Service"], tuple[Params, Runner]]:
         """Sent to a task in another process, it is opened there anew, with its caps on reading."""

@@ -9,7 +9,6 @@ from ckptfuse.listing import Listing
 from ckptfuse.plan import Fuse, Quarantine, Skip, State
 from ckptfuse.records import (
     CheckpointRecord,
-    FusionRecord,
     GateRecord,
     PlanRecord,
     PublicationRecord,
@@ -61,7 +60,8 @@ def _decided(service: Service, item: Fuse) -> PlanRecord:
     for _ in range(MAX_REVIEWS):
         if not decided.is_merge:
             return decided
-        score_fusion(service, decided, merge_window(service, decided))
+        merge_window(service, decided)
+        score_fusion(service, decided)
         reviewed = review_weights(service, item, decided)
         if reviewed.fusion == decided.fusion:
             return reviewed
@@ -69,8 +69,8 @@ def _decided(service: Service, item: Fuse) -> PlanRecord:
     raise RuleError(f"rule {decided.rule!r} changed its weights {MAX_REVIEWS} times")
 
 
-def merge_window(service: Service, decided: PlanRecord) -> FusionRecord:
-    """The fusion's folder and record; with ``fuse.shards`` each shard is merged first.
+def merge_window(service: Service, decided: PlanRecord) -> None:
+    """Make the fusion's folder and record; with ``fuse.shards`` each shard is merged first.
 
     What a shard could not do is left to the last task, which does it or tells why not.
     """
@@ -80,8 +80,7 @@ def merge_window(service: Service, decided: PlanRecord) -> FusionRecord:
             _hand_over_shards(service, decided, shards)
         else:
             wait([merge_shard.submit(service, decided, shard) for shard in shards])
-    record: FusionRecord = merge_fusion(service, decided)
-    return record
+    merge_fusion(service, decided)
 
 
 def _hand_over_shards(service: Service, decided: PlanRecord, shards: range) -> None:
@@ -111,9 +110,9 @@ def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
 
 def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -> PublicationRecord:
     """Everything after the verdict, in the order of publication; repeats nothing that is done."""
-    fusion = merge_window(service, decided)
-    entry = commit_fusion(service, decided, verdict, fusion)
-    return publish(service, decided, verdict, fusion, entry)
+    merge_window(service, decided)
+    entry = commit_fusion(service, decided, verdict)
+    return publish(service, decided, verdict, entry)
 
 
 @flow(name="fuse-step", flow_run_name="fuse by hand", persist_result=False)

@@ -25,7 +25,7 @@ from ckptfuse.corpus import jsonl
 from ckptfuse.errors import PublicationError
 from ckptfuse.params import LedgerParams
 from ckptfuse.processes import end_with_parent
-from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
+from ckptfuse.records import GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
 from ckptfuse.service import Service
 from ckptfuse.store import open_store, remove_folder
@@ -176,15 +176,13 @@ class Ledger:
 
     # -- one fusion ------------------------------------------------------------------------
 
-    def enter(
-        self, service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
-    ) -> LedgerEntry:
+    def enter(self, service: Service, decided: PlanRecord, verdict: GateRecord) -> LedgerEntry:
         """Commit and tag a fusion; the entry that is there already when it was."""
         self.prepare(service.params.ledger.remote)
         tag = tag_of(decided)
         known = self.find(tag)
         if known is None or not self.cached(known.weights_hash).is_file():
-            self._lay_out(service, decided, verdict, fusion)
+            self._lay_out(service, decided, verdict)
             self.dvc("commit", "--force")
         if known is None:
             known = self._commit(tag, decided, verdict)
@@ -213,9 +211,7 @@ class Ledger:
         if params.remote:
             self.git("push", "--quiet", params.remote, "main", entry.tag)
 
-    def _lay_out(
-        self, service: Service, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord
-    ) -> None:
+    def _lay_out(self, service: Service, decided: PlanRecord, verdict: GateRecord) -> None:
         (self.folder / "dvc.yaml").write_text(pipeline(service.params.versions))
         (self.folder / "constraints.txt").write_bytes(template("constraints.txt").read_bytes())
         self._configure(service.params.ledger.dvc_remote)
@@ -227,7 +223,8 @@ class Ledger:
             export_scores(service.scorer, member.fingerprint, decided.tokenizer, path)
         stages.write_decision(decided, self.folder)
         stages.write_metrics(service, decided, verdict, self.folder)
-        self._lay_weights(Path(fusion.folder), in_cache=service.params.versions.weights == "cache")
+        made = service.workspace.model(decided.fusion)
+        self._lay_weights(made, in_cache=service.params.versions.weights == "cache")
 
     def _lay_weights(self, made: Path, *, in_cache: bool) -> None:
         remove_folder(self.folder / stages.MODEL)

@@ -8,7 +8,6 @@ from ckptfuse.errors import CkptfuseError
 from ckptfuse.promotion import decide_promotion
 from ckptfuse.records import (
     CheckpointRecord,
-    FusionRecord,
     GateRecord,
     PlanRecord,
     PublicationRecord,
@@ -30,7 +29,6 @@ def publish(
     service: Service,
     decided: PlanRecord,
     verdict: GateRecord,
-    fusion: FusionRecord,
     entry: LedgerEntry,
 ) -> PublicationRecord:
     """Version, alias ``candidate``, promotion, alias ``champion``, record: in this order.
@@ -38,20 +36,19 @@ def publish(
     Raises PublicationError when MLflow cannot be reached or refuses; nothing is lost.
     """
     with registry_of(service) as registry:
-        return _publish(registry, decided, verdict, fusion, entry)
+        return _publish(registry, decided, verdict, entry)
 
 
 def _publish(
     registry: Registry,
     decided: PlanRecord,
     verdict: GateRecord,
-    fusion: FusionRecord,
     entry: LedgerEntry,
 ) -> PublicationRecord:
     service = registry.service
     if registry.find_version(decided.fusion) is None:
         curves.describe_fusion(registry, registry.fusion_run(decided), decided, verdict)
-    version = registry.register(decided, verdict, fusion, entry)
+    version = registry.register(decided, verdict, entry)
     registry.set_alias("candidate", version)
     promotion = decide_promotion(service, decided)
     follow_champion(service, registry)  # another one, if a person has promoted it meanwhile

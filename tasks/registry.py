@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptfuse.errors import CkptfuseError, PublicationError
-from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
+from ckptfuse.records import GateRecord, PlanRecord
 from ckptfuse.service import Service
 from tasks import artifacts
 from tasks.artifacts import local_folder
@@ -100,9 +100,7 @@ class Registry:
 
     # -- a version ---------------------------------------------------------------------------
 
-    def register(
-        self, decided: PlanRecord, verdict: GateRecord, fusion: FusionRecord, entry: LedgerEntry
-    ) -> str:
+    def register(self, decided: PlanRecord, verdict: GateRecord, entry: LedgerEntry) -> str:
         """The fusion's model version, with everything in place; the one that is there if so."""
         tags = version_tags(decided, verdict, entry)
         found = self.find_version(decided.fusion)
@@ -112,7 +110,7 @@ class Registry:
         run = self.fusion_run(decided)
         self.client.log_dict(run, decided.model_dump(mode="json"), _PLAN)
         self.client.log_dict(run, verdict.model_dump(mode="json"), _GATE)
-        model_id = self._logged_model(run, decided, fusion)
+        model_id = self._logged_model(run, decided)
         self._registered_model()
         self.client.set_terminated(run)  # before the version: its being there says all is done
         version = self.client.create_model_version(
@@ -234,7 +232,7 @@ class Registry:
             text = f"Fused checkpoints of {self.service.params.trajectory}, by ckptfuse."
             self.client.create_registered_model(self.name, description=text)
 
-    def _logged_model(self, run: str, decided: PlanRecord, fusion: FusionRecord) -> str:
+    def _logged_model(self, run: str, decided: PlanRecord) -> str:
         """The id of the model with its files in the artifact store; finished if it was begun."""
         found = self._logged_models(decided.fusion)
         model = (
@@ -250,7 +248,7 @@ class Registry:
         if str(model.status) != "READY":
             with tempfile.TemporaryDirectory(dir=self.service.workspace.folder("tmp")) as folder:
                 packaged = Path(folder, "packaged")
-                package(Path(fusion.folder), packaged)
+                package(self.service.workspace.model(decided.fusion), packaged)
                 artifacts.store(str(model.artifact_location), packaged)
             self.client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)

@@ -9,7 +9,7 @@ from prefect.concurrency.sync import concurrency
 from ckptfuse.jobs import Here, ModelScores
 from ckptfuse.listing import Healthy
 from ckptfuse.protocol import Request
-from ckptfuse.records import CheckpointRecord, FusionRecord, PlanRecord
+from ckptfuse.records import CheckpointRecord, PlanRecord
 from ckptfuse.service import Service, losses_of, target_loss
 from ckptfuse.steps import score
 from ckptfuse.steps.score import Unscored
@@ -38,9 +38,9 @@ def score_checkpoints(service: Service, waiting: Sequence[Healthy], names: str) 
 
 
 @task(cache_policy=NO_CACHE, task_run_name="score fusion of step {decided.step}")
-def score_fusion(service: Service, decided: PlanRecord, fusion: FusionRecord) -> None:
+def score_fusion(service: Service, decided: PlanRecord) -> None:
     """Score the merged weights as any other model."""
-    score.score_fusion(service, decided, fusion)
+    score.score_fusion(service, decided, service.workspace.model(decided.fusion))
 
 
 @task(cache_policy=NO_CACHE, task_run_name="score {names}")

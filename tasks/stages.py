@@ -26,7 +26,7 @@ from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.gate import Share
 from ckptfuse.params import load_params
 from ckptfuse.protocol import CheckpointModel, Input
-from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, Member, PlanRecord
+from ckptfuse.records import CheckpointRecord, GateRecord, Member, PlanRecord
 from ckptfuse.score_files import export_scores, import_scores
 from ckptfuse.service import Service, losses_of, target_loss
 from ckptfuse.steps.judge import verdict_on
@@ -129,12 +129,9 @@ def evaluate_stage() -> None:
     """``metrics.json`` and ``losses.csv``: the gate and the figures on report text."""
     with _bench() as (service, window, pinned):
         _import_all(service, window)
-        fusion = FusionRecord(
-            fusion=pinned.fusion, step=pinned.step, folder=str(MODEL.resolve()), size=0, files={}
-        )
-        source = service.scorer.tokenizer(fusion.folder)
+        source = service.scorer.tokenizer(str(MODEL.resolve()))
         on_files = pinned.model_copy(update={"tokenizer": source.digest})
-        score_fusion(service, on_files, fusion)
+        score_fusion(service, on_files, MODEL.resolve())
         share = Share(window.fusion.gate_test, window.fusion.gate_alpha)
         verdict = verdict_on(service, on_files, share=share)
         write_metrics(service, on_files, verdict, Path())

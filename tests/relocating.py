@@ -21,8 +21,6 @@ def copy_of(finished: Project, folder: Path) -> Project:
     subprocess.run(["cp", "-a", finished.folder, folder], check=True)
     project = Project(folder, finished.trajectory)
     old, new = str(finished.folder), str(folder)
-    for record in (project.workspace / "records" / "fusion").glob("*.json"):
-        record.write_text(record.read_text().replace(old, new))
     with sqlite3.connect(project.workspace / "mlflow.db") as database:
         for table, column in _PLACES:
             database.execute(f"UPDATE {table} SET {column} = REPLACE({column}, ?, ?)", (old, new))

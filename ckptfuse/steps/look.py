@@ -38,7 +38,7 @@ def discover(service: Service) -> tuple[Listing, State]:
     else:
         there = {n: known[signature] for n, signature in last.signatures.items()
                  if signature in known}  # fmt: skip
-        recent = service.params.window.size
+        recent = service.params.window.size * service.params.scoring.every
         found, at = look_again(bucket, names.result(), conventions, there, recent), last.at
     now = remembered.remember(found, at)
     if now != last:

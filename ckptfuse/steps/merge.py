@@ -15,8 +15,9 @@ from ckptfuse.store import FolderStore, remove_folder
 
 def merged(service: Service, decided: PlanRecord) -> FusionRecord | None:
     """The fusion, if it is merged and its folder still there."""
-    known = service.records.get(FusionRecord, decided.fusion)
-    return known if known is not None and Path(known.folder).is_dir() else None
+    if service.weights_of(decided.fusion) is None:
+        return None
+    return service.records.get(FusionRecord, decided.fusion)
 
 
 def merge_shard(service: Service, decided: PlanRecord, shard: int) -> None:
@@ -38,7 +39,6 @@ def merge_fusion(service: Service, decided: PlanRecord) -> FusionRecord:
     record = FusionRecord(
         fusion=decided.fusion,
         step=decided.step,
-        folder=str(folder),
         size=sum(size for size, _ in files.values()),
         files=files,
     )

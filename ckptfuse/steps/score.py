@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ckptfuse.checkpoints import Checkpoint, config_identity, open_checkpoint
 from ckptfuse.errors import CkptfuseError, JobError, NonFiniteValues
@@ -10,7 +11,7 @@ from ckptfuse.layouts import read_layout
 from ckptfuse.listing import Healthy
 from ckptfuse.plan import Quarantine
 from ckptfuse.protocol import CheckpointModel, Failed, Input, MergeModel
-from ckptfuse.records import CheckpointRecord, FusionRecord, PlanRecord
+from ckptfuse.records import CheckpointRecord, PlanRecord
 from ckptfuse.scoring import TokenizerSource
 from ckptfuse.service import Service
 from ckptfuse.steps.look import quarantine
@@ -99,12 +100,12 @@ def _remember(
     service.records.put(checkpoint.signature, record)
 
 
-def score_fusion(service: Service, decided: PlanRecord, fusion: FusionRecord) -> None:
-    """Score the merged folder on every split, as any other model, under the fusion's id."""
+def score_fusion(service: Service, decided: PlanRecord, folder: Path) -> None:
+    """Score the merged model in ``folder`` on every split, under the fusion's id."""
     if service.scorer.is_scored(decided.fusion, decided.tokenizer):
         return
-    tokenizer = service.scorer.tokenizer(fusion.folder)
-    source = Input(uri=fusion.folder)
+    tokenizer = service.scorer.tokenizer(str(folder))
+    source = Input(uri=str(folder))
     model = MergeModel(
         fusion=decided.fusion,
         inputs=(source,),

@@ -1,12 +1,10 @@
 """Veto: bring the answers that a promotion waits for, in a process and a time of their own."""
 
-from pathlib import Path
-
 from filelock import FileLock, Timeout
 
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.promotion import champion, waiting
-from ckptfuse.records import FusionRecord, VetoRecord
+from ckptfuse.records import VetoRecord
 from ckptfuse.service import Service
 from ckptfuse.veto import ask, to_arrays, veto_key
 
@@ -39,13 +37,14 @@ def _answers(service: Service, model: str) -> VetoRecord | None:
     key = veto_key(model, command)
     if service.records.has(VetoRecord, key):
         return None
-    merged = service.records.get(FusionRecord, model)
-    if merged is None or not Path(merged.folder).is_dir():
+    merged = service.weights_of(model)
+    if merged is None:
+        place = service.workspace.model(model)
         raise CkptfuseError(
             f"the weights of fusion {model[:12]} are no longer in the workspace, so the veto "
-            "cannot be heard; `dvc pull` in the ledger at its tag fetches them"
+            f"cannot be heard; put what the ledger has at its tag as model/ back to {place}"
         )
-    answers = ask(command, Path(merged.folder))
+    answers = ask(command, merged)
     record = VetoRecord(
         model=model,
         command=list(command),

@@ -7,7 +7,6 @@ review_weights    what it says now that the fusion is scored: it may correct its
 import math
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 from ckptfuse.conversion import made_by
 from ckptfuse.deciding import Decision, Evaluator, Recall, decide
@@ -16,7 +15,7 @@ from ckptfuse.fusion import FusionSpec, Recipe
 from ckptfuse.params import Params
 from ckptfuse.plan import Fuse
 from ckptfuse.protocol import Input, MergeModel
-from ckptfuse.records import CheckpointRecord, FusionRecord, Member, MergeLoss, PlanRecord
+from ckptfuse.records import CheckpointRecord, Member, MergeLoss, PlanRecord
 from ckptfuse.resampling import measure
 from ckptfuse.rules import Measurement, Observation, get_rule
 from ckptfuse.scoring import TokenizerSource
@@ -218,8 +217,7 @@ def _merges(decision: Decision) -> list[MergeLoss]:
 
 def _is_possible(service: Service, decided: PlanRecord, window: Window) -> bool:
     """Whether it is merged already, or all that it draws from is still in the window."""
-    merged = service.records.get(FusionRecord, decided.fusion)
-    if merged is not None and Path(merged.folder).is_dir():
+    if service.weights_of(decided.fusion) is not None:
         return True
     present = {member.fingerprint for member in window.members}
     return all(m.fingerprint in present for m in decided.members if m.weight)

@@ -6,7 +6,7 @@ measure    one window: rules are asked, merges measured in memory, answers score
 run        a whole trajectory; everything measured is a score record, so it can be resumed
 compute    training that a merge stands for, less what scoring and merging cost
 tables     means over windows with their errors, wins, regrets
-write      Markdown, JSON and figures
+page       Markdown with figures beside it; plain: JSON
 """
 
 from ckptfuse.study.cases import IN, OUT, Case, Place, Study

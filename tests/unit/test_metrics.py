@@ -69,9 +69,7 @@ def service(tmp_path: Path) -> Service:
         members = [member(100, 3.0, 0.0), member(200, 2.8), member(300, 2.9)]
         service.records.put(f"window-{step}", plan_record(step, members))
         record_losses(service, f"fusion-{step}", np.full(6, 10 * loss))
-        fusion = FusionRecord(
-            fusion=f"fusion-{step}", step=step, folder="nowhere", size=100, files={}
-        )
+        fusion = FusionRecord(fusion=f"fusion-{step}", step=step, size=100, files={})
         service.records.put(f"fusion-{step}", fusion)
         judged(service, step, verdict)
     judged(service, 500, "declined")

@@ -1,6 +1,5 @@
 """Champion or not: the second decision, which spares consumers changes that bring nothing."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -146,11 +145,8 @@ def test_a_champion_whose_weights_were_pruned_gives_way_on_a_new_audit_text(
     service: Service, tmp_path: Path
 ) -> None:
     promoted(service, 200, 1.0)
-    folder = tmp_path / "merged"
-    folder.mkdir()
-    record = FusionRecord(fusion="fusion-200", step=200, folder=str(folder), size=0, files={})
+    record = FusionRecord(fusion="fusion-200", step=200, size=0, files={})
     service.records.put("fusion-200", record)
-    shutil.rmtree(folder)
     renewed = make_service(
         tmp_path, corpus={"domains": {"text": {"path": str(tmp_path / "text.jsonl")}}, "salt": "x"}
     )

@@ -17,7 +17,7 @@ def test_a_fusion_whose_weights_were_corrected_goes_once_the_other_is_judged(
         service.records.put(name, plan)
         folder = service.workspace.model(name)
         folder.mkdir()
-        record = FusionRecord(fusion=name, step=300, folder=str(folder), size=0, files={})
+        record = FusionRecord(fusion=name, step=300, size=0, files={})
         service.records.put(name, record)
     prune.fn(service)
     assert service.workspace.model("first").is_dir(), "the window may still be at work on it"

@@ -63,8 +63,9 @@ def decided(service: Service, weights: Sequence[float] = WEIGHTS) -> PlanRecord:
     return plan_record(300, members, fusion=spec_of(service, members, weights).id)
 
 
-def merged_weight(record: FusionRecord) -> float:
-    return float(load(open_checkpoint(record.folder)).state_dict["w"][0])
+def merged_weight(service: Service, plan: PlanRecord) -> float:
+    folder = str(service.workspace.model(plan.fusion))
+    return float(load(open_checkpoint(folder)).state_dict["w"][0])
 
 
 # -- merge -------------------------------------------------------------------------------------
@@ -72,11 +73,13 @@ def merged_weight(record: FusionRecord) -> float:
 
 def test_a_merge_leaves_a_folder_and_a_record_of_its_files(service: Service) -> None:
     plan = decided(service)
+    assert service.weights_of(plan.fusion) is None
     record = merge_fusion(service, plan)
-    assert Path(record.folder) == service.workspace.model(plan.fusion)
-    assert merged_weight(record) == 0.25 * 1 + 0.75 * 3
-    assert record.files.keys() == {path.name for path in Path(record.folder).iterdir()}
-    assert record.size == sum(path.stat().st_size for path in Path(record.folder).iterdir())
+    folder = service.workspace.model(plan.fusion)
+    assert service.weights_of(plan.fusion) == folder
+    assert merged_weight(service, plan) == 0.25 * 1 + 0.75 * 3
+    assert record.files.keys() == {path.name for path in folder.iterdir()}
+    assert record.size == sum(path.stat().st_size for path in folder.iterdir())
     assert service.records.get(FusionRecord, plan.fusion) == record
 
 
@@ -91,14 +94,15 @@ def test_a_member_without_weight_may_be_gone(service: Service) -> None:
     """Trainers delete their oldest checkpoints while we work."""
     plan = decided(service)
     shutil.rmtree(f"{service.params.bucket}/step200")
-    assert merged_weight(merge_fusion(service, plan)) == 2.5
+    merge_fusion(service, plan)
+    assert merged_weight(service, plan) == 2.5
 
 
 def test_the_newest_lends_its_tokenizer_even_without_weight(service: Service) -> None:
     (Path(service.params.bucket or "") / "step300" / "tokenizer.json").write_text("{}")
-    record = merge_fusion(service, decided(service, (0.5, 0.5, 0.0)))
-    assert "tokenizer.json" in record.files
-    assert merged_weight(record) == 1.5
+    plan = decided(service, (0.5, 0.5, 0.0))
+    assert "tokenizer.json" in merge_fusion(service, plan).files
+    assert merged_weight(service, plan) == 1.5
 
 
 def test_a_folder_without_a_record_is_of_a_killed_run_and_made_anew(service: Service) -> None:
@@ -106,16 +110,28 @@ def test_a_folder_without_a_record_is_of_a_killed_run_and_made_anew(service: Ser
     folder = service.workspace.model(plan.fusion)
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"half")
-    assert merged_weight(merge_fusion(service, plan)) == 2.5
+    merge_fusion(service, plan)
+    assert merged_weight(service, plan) == 2.5
 
 
 def test_pruned_weights_are_made_again_byte_for_byte(service: Service) -> None:
     plan = decided(service)
+    merge_fusion(service, plan)
+    before = folder_bytes(service.workspace.model(plan.fusion))
+    shutil.rmtree(service.workspace.model(plan.fusion))
+    merge_fusion(service, plan)
+    assert folder_bytes(service.workspace.model(plan.fusion)) == before
+
+
+def test_a_workspace_that_moved_has_its_merges_all_the_same(
+    service: Service, tmp_path: Path
+) -> None:
+    plan = decided(service)
     first = merge_fusion(service, plan)
-    before = {path.name: path.read_bytes() for path in Path(first.folder).iterdir()}
-    shutil.rmtree(first.folder)
-    again = merge_fusion(service, plan)
-    assert {path.name: path.read_bytes() for path in Path(again.folder).iterdir()} == before
+    shutil.rmtree(service.params.bucket or "")
+    service.workspace.root.rename(tmp_path / "moved")
+    moved = make_service(tmp_path, workspace=str(tmp_path / "moved"))
+    assert merge_fusion(moved, plan) == first
 
 
 def sharded(folder: Path, shards: int) -> tuple[Service, PlanRecord]:
@@ -139,7 +155,7 @@ def test_shards_before_it_change_nothing_of_a_merge(tmp_path: Path) -> None:
             assert not service.workspace.model(plan.fusion).exists()
         made = merge_fusion(service, same_plan)
         assert (made.fusion, made.files) == (expected.fusion, expected.files)
-        folders = Path(made.folder), Path(expected.folder)
+        folders = [one.workspace.model(plan.fusion) for one in (service, whole)]
         assert folder_bytes(folders[0]) == folder_bytes(folders[1])
         assert [path.name for path in folders[0].parent.iterdir()] == [made.fusion]
 
@@ -258,8 +274,9 @@ def test_a_plan_that_is_merged_needs_its_checkpoints_no_more(
 ) -> None:
     item = window_of(service, [2.0, 1.9, 2.1])
     first = decide_weights(service, item)
-    merged = FusionRecord(fusion=first.fusion, step=300, folder=str(tmp_path), size=0, files={})
+    merged = FusionRecord(fusion=first.fusion, step=300, size=0, files={})
     service.records.put(first.fusion, merged)
+    service.workspace.model(first.fusion).mkdir()
     assert decide_weights(service, Fuse(item.key, Window(item.window.members[1:]))) == first
 
 

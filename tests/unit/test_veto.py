@@ -52,7 +52,7 @@ def publish(service: Service, step: int, loss: float, right: range) -> PlanRecor
     folder = service.workspace.model(decided.fusion)
     folder.mkdir()
     (folder / "right.json").write_text(str(list(right)))
-    merged = FusionRecord(fusion=decided.fusion, step=step, folder=str(folder), size=0, files={})
+    merged = FusionRecord(fusion=decided.fusion, step=step, size=0, files={})
     service.records.put(decided.fusion, merged)
     decide_promotion(service, decided)
     publication = PublicationRecord(
