@@ -1,6 +1,7 @@
 """``.metadata`` of a distributed checkpoint that holds part of another's items, at other places.
 
-Written with torch's own classes, which a pickle names, so it imports torch. Its bytes are those of the torch version that wrote them; the weights' never are.
+Written with torch's own classes, which a pickle names, so it imports torch. Its bytes are those of
+the torch version that wrote them; the weights' never are.
 """
 
 import pickle
