@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_LIBRARIES = ("numpy", "ml_dtypes", "torch", "transformers", "safetensors")
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -54,7 +55,7 @@ def machine() -> dict[str, str]:
         "memory": f"{memory:.0f} GiB",
         "system": f"{platform.system()} {platform.release()}",
         "python": sys.version.split()[0],
-        **{name: _version(name) for name in ("numpy", "ml_dtypes", "torch", "safetensors")},
+        **{name: _version(name) for name in _LIBRARIES},
     }
 
 

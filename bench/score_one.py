@@ -171,9 +171,12 @@ def main() -> None:
     for _ in sys.stdin:
         started = _now(device)
         score()
-        rate = tokens / (_now(device) - started)
-        utilisation = rate * shape.flop_a_token() / matrix_rate(model)
-        turn = {"tokens a second": rate, "model FLOP utilisation": utilisation}
+        rate, matrix = tokens / (_now(device) - started), matrix_rate(model)
+        turn = {
+            "tokens a second": rate,
+            "model FLOP utilisation": rate * shape.flop_a_token() / matrix,
+            "matrix TFLOP a second": matrix / 1e12,
+        }
         print(json.dumps(turn), file=answers, flush=True)
 
 

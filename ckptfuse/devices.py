@@ -33,8 +33,8 @@ def visible_gpus() -> list[str]:
     chosen = os.environ.get(VISIBLE)
     if chosen is not None:
         return list(takewhile(_IS_GPU, (gpu.strip() for gpu in chosen.split(","))))
-    numbers = [path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")]
-    return sorted(numbers, key=int)
+    # CUDA counts from 0 what it finds, whatever the number of the file: a container may have one.
+    return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def slots(device_class: str, gpus_per_job: int) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ scores it on each set of blocks, writes the score records and prints JSON lines 
 Records that are there already are not computed again. One model's failure does not stop the next.
 """
 
+import gc
 import math
 import os
 import sys
@@ -87,6 +88,8 @@ def run(request: Request) -> None:
             traceback.print_exc()
             where = model.input.uri if isinstance(model, CheckpointModel) else model.fusion[:16]
             _emit(Failed(model=index, error="other", reason=f"{where}: {error!r}"))
+        if request.split:
+            gc.collect()  # accelerate's hooks and the layers that they are on refer to each other
 
 
 class _Checkpoints:
@@ -235,7 +238,10 @@ def _load(source: Input) -> Loaded:
 
 
 def _read(loaded: Loaded) -> _Weights:
-    return loaded.layout.config, loaded.state_dict
+    """The tensors change hands: held here too they would stay in memory beside the model's."""
+    tensors = dict(loaded.state_dict)
+    loaded.state_dict.clear()
+    return loaded.layout.config, tensors
 
 
 def _merge(model: MergeModel) -> _Weights:

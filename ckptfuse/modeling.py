@@ -13,6 +13,7 @@ from ckptfuse.errors import CkptfuseError, DamagedCheckpoint
 from ckptfuse.own_code import offered, reason_of
 from ckptfuse.protocol import Numerics
 
+_MORE_GPUS = "scoring.gpus_per_job spreads a model over more of them"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -60,8 +61,14 @@ def build_model(
                 f"{where}: the weights do not fit config.json: {len(info[fault])} "
                 f"{fault.replace('_', ' ')}, first {named}"
             )
+    spread = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if spread & {"cpu", "disk"}:
+        raise CkptfuseError(f"{where}: it does not fit into these GPUs; {_MORE_GPUS}")
     if not split:
-        model = model.to(numerics.device_class)
+        try:
+            model = model.to(numerics.device_class)
+        except torch.OutOfMemoryError as error:
+            raise CkptfuseError(f"{where}: it does not fit; {_MORE_GPUS}: {error}") from error
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -69,11 +69,13 @@ def score_blocks(
                 nll[rows] = losses(*_rows(blocks, rows)).numpy()
             except torch.OutOfMemoryError as error:
                 size = _halved(rows, blocks, error)
-                notice(f"out of memory: going on with {size} tokens a batch")
+            else:
+                alike = alike[len(rows) :]
+                done += len(rows)
+                progress(done)
                 continue
-            alike = alike[len(rows) :]
-            done += len(rows)
-            progress(done)
+            torch.cuda.empty_cache()  # not before: the error held what the batch had taken
+            notice(f"out of memory: going on with {size} tokens a batch")
     return BlockLosses(nll, size)
 
 
@@ -103,12 +105,15 @@ def _rows(blocks: Blocks, rows: NDArray[np.intp]) -> tuple[torch.Tensor, int]:
 def _halved(rows: NDArray[np.intp], blocks: Blocks, error: torch.OutOfMemoryError) -> int:
     length = int(blocks.lengths[rows[0]])
     if len(rows) == 1:
-        raise CkptfuseError(
-            f"a single block of {length} tokens does not fit into the device's memory ({error}); "
-            "set scoring.block_length lower, or score on a larger device"
-        ) from error
-    torch.cuda.empty_cache()
+        raise _too_large(length, error) from error
     return len(rows) // 2 * length
+
+
+def _too_large(length: int, error: torch.OutOfMemoryError) -> CkptfuseError:
+    return CkptfuseError(
+        f"a single block of {length} tokens does not fit into the device's memory ({error}); "
+        "set scoring.block_length lower, or score on a larger device"
+    )
 
 
 def _fitting(losses: TokenLosses, blocks: Blocks) -> int:
@@ -118,9 +123,14 @@ def _fitting(losses: TokenLosses, blocks: Blocks) -> int:
     tokens, context = _rows(blocks, next(groups(blocks))[:1])
     torch.cuda.reset_peak_memory_stats(losses.device)
     before = torch.cuda.memory_allocated(losses.device)
-    losses(tokens, context)
+    try:
+        losses(tokens, context)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(tokens.shape[1], error) from error
     taken = torch.cuda.max_memory_allocated(losses.device) - before
     free, _ = torch.cuda.mem_get_info(losses.device)
+    kept = torch.cuda.memory_reserved(losses.device) - torch.cuda.memory_allocated(losses.device)
+    free += kept  # by torch, for whoever asks next
     fitting = max(int(GPU_SHARE * free / taken), 1)
     # A power of two of blocks: a little more or less free memory then changes nothing.
     return min(tokens.numel() << (fitting.bit_length() - 1), GPU_BATCH_TOKENS)

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ckptfuse import checkpoints, digests
 from ckptfuse.checkpoints import Checkpoint
@@ -78,7 +80,7 @@ def _load_distributed(layout: Layout) -> Loaded:
 
 def check_finite(values: torch.Tensor, *, name: str, checkpoint: Checkpoint) -> None:
     """Raise NonFiniteValues if a floating tensor holds NaN or Inf."""
-    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+    if values.is_floating_point() and not _is_finite(values):
         bad = int((~torch.isfinite(values)).sum())
         raise NonFiniteValues(
             f"{checkpoint.uri}: tensor {name!r} has {bad} NaN or Inf values of {values.numel()}",
@@ -86,9 +88,18 @@ def check_finite(values: torch.Tensor, *, name: str, checkpoint: Checkpoint) -> 
         )
 
 
-def _read_file(store: Store, entry: Entry, pool: ThreadPoolExecutor) -> tuple[bytearray, str]:
-    buffer = bytearray(entry.size)
-    view = memoryview(buffer)
+def _is_finite(values: torch.Tensor) -> bool:
+    """The least and the largest tell of Inf, and are NaN where any is; no new tensor is made."""
+    return not values.numel() or all(
+        bool(torch.isfinite(extreme)) for extreme in torch.aminmax(values)
+    )
+
+
+def _read_file(
+    store: Store, entry: Entry, pool: ThreadPoolExecutor
+) -> tuple[NDArray[np.uint8], str]:
+    buffer = np.empty(entry.size, np.uint8)  # a bytearray's zeros would be written, by one thread
+    view = buffer.data
 
     with store.reader(entry.path) as reader:
 
@@ -101,14 +112,14 @@ def _read_file(store: Store, entry: Entry, pool: ThreadPoolExecutor) -> tuple[by
         return buffer, digests.tree_digest(leaves)
 
 
-def _view(buffer: bytearray, tensor: Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+def _view(buffer: NDArray[np.uint8], tensor: Tensor, checkpoint: Checkpoint) -> torch.Tensor:
     dtype = torch_dtype(tensor, checkpoint)
     if tensor.length == 0:
         return torch.empty(tensor.shape, dtype=dtype)
     (piece,) = tensor.pieces
     count = tensor.length // dtype.itemsize
     if piece.start % dtype.itemsize:  # a header of odd length: legal, and torch wants alignment
-        data = bytearray(memoryview(buffer)[piece.start : piece.start + tensor.length])
+        data = buffer[piece.start : piece.start + tensor.length].copy()
         return torch.frombuffer(data, dtype=dtype, count=count).reshape(tensor.shape)
     values = torch.frombuffer(buffer, dtype=dtype, count=count, offset=piece.start)
     return values.reshape(tensor.shape)

@@ -10,8 +10,8 @@ of its output embeddings that belong to C tokens. A model that this does not sui
 it, is called as a whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from ckptfuse.errors import CkptfuseError
 
 #: float32 logits at a time. On a CPU they stay in the caches; a GPU wants large matrix products.
 TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
+
+#: Tokens of a tile are a multiple of this: the matrix products of a GPU want rows of such lengths.
+ALIGNED = 128
 
 #: The first token that logits [N, C] are of, and those logits.
 Tile = tuple[int, torch.Tensor]
@@ -35,9 +38,13 @@ class TokenLosses:
         self._model = model
         self.device = next(model.parameters()).device
         self._tile_bytes = TILE_BYTES["cpu" if self.device.type == "cpu" else "cuda"]
+        # cuDNN's attention is planned anew for each shape of a batch, and what it computes changes
+        # with its version; flash attention's does with torch's alone.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         probe = torch.arange(8, device=self.device).remainder(vocabulary).reshape(2, 4)
         self._check_causal(probe)
-        self._losses = self._by_tiles if self._suits(probe) else self._by_rows
+        self._is_tiled = self._suits(probe)  # no method of ours: that would be a circle of
+        # references, which would hold the model until garbage is collected
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor, context: int) -> torch.Tensor:
@@ -46,7 +53,8 @@ class TokenLosses:
         ``tokens`` int64 [B, n]: all but the first ``context`` of each row are predicted.
         """
         tokens = tokens.to(self.device)
-        return self._losses(tokens[:, :-1], tokens[:, context:]).sum(dim=1).cpu()
+        losses = self._by_tiles if self._is_tiled else self._by_rows
+        return losses(tokens[:, :-1], tokens[:, context:]).sum(dim=1).cpu()
 
     def _by_rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """float64 [B, n - context], from the logits of the model as it is."""
@@ -57,10 +65,11 @@ class TokenLosses:
     def _by_tiles(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The same from the head, on some of the vocabulary at a time."""
         width = max(self._tile_bytes // (4 * targets.numel()), 1)
-        tiles = self._tiles(inputs, targets.shape[1], width)
-        return _losses(tiles, targets.reshape(-1)).reshape(targets.shape)
+        width = width // ALIGNED * ALIGNED or width
+        with closing(self._tiles(inputs, targets.shape[1], width)) as tiles:
+            return _losses(tiles, targets.reshape(-1)).reshape(targets.shape)
 
-    def _tiles(self, inputs: torch.Tensor, last: int, width: int) -> Iterator[Tile]:
+    def _tiles(self, inputs: torch.Tensor, last: int, width: int) -> Generator[Tile, None, None]:
         """Logits at the last positions of all rows, of ``width`` tokens at a time."""
         backbone, head = self._model.base_model, self._model.get_output_embeddings()
         output = backbone(input_ids=inputs, use_cache=False)
@@ -118,7 +127,8 @@ def _losses(tiles: Iterable[Tile], targets: torch.Tensor) -> torch.Tensor:
     total = torch.full(targets.shape, -torch.inf, dtype=torch.float64, device=targets.device)
     chosen = torch.zeros_like(total)
     for start, logits in tiles:
-        logits = logits.float()
+        if logits.device.type == "cpu":  # there a sum of two types is slow; on a GPU one more copy
+            logits = logits.float()
         column = targets - start
         here = (column >= 0) & (column < logits.shape[1])
         found = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
@@ -128,13 +138,14 @@ def _losses(tiles: Iterable[Tile], targets: torch.Tensor) -> torch.Tensor:
 
 
 def _logsumexp_(logits: torch.Tensor) -> torch.Tensor:
-    """Of each row of float32 [N, C], float64 [N]. Overwrites the logits.
+    """Of each row of [N, C], float64 [N], computed in float32. Overwrites float32 logits.
 
     ``torch.logsumexp`` makes new tiles on its way and takes twice as long.
     """
-    lowest = torch.finfo(logits.dtype).min  # of a row of -inf, so that none is taken from another
-    highest = logits.amax(dim=1, keepdim=True).clamp_(min=lowest)
-    summed = logits.sub_(highest).exp_().sum(dim=1)
+    lowest = torch.finfo(torch.float32).min  # of a row of -inf, so that none is taken from another
+    highest = logits.amax(dim=1, keepdim=True).float().clamp_(min=lowest)
+    above = logits.sub_(highest) if logits.dtype == torch.float32 else logits - highest
+    summed = above.exp_().sum(dim=1)
     return summed.double().log_() + highest[:, 0]
 
 

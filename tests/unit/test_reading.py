@@ -72,6 +72,19 @@ def test_nan_and_inf_are_named_by_checkpoint_and_tensor(tmp_path: Path, dtype: t
     assert caught.value.checkpoint == "step1"
 
 
+@pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.is_floating_point], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17, 4099])
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(
+    tmp_path: Path, dtype: torch.dtype, value: float, place: int
+) -> None:
+    values = torch.linspace(-2, 2, 4100)
+    load(write_checkpoint(tmp_path / "step1", {"w": values.to(dtype)}))
+    values[place] = value
+    with pytest.raises(NonFiniteValues, match="'w' has 1 NaN or Inf values of 4100"):
+        load(write_checkpoint(tmp_path / "step2", {"w": values.to(dtype)}))
+
+
 def test_a_dtype_that_cannot_be_held_is_named(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "step1", {"x": torch.ones(2).to(torch.float8_e5m2)})
     with pytest.raises(DamagedCheckpoint, match=r"'x' is stored as F8_E5M2"):

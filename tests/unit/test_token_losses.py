@@ -1,6 +1,8 @@
 """Heads on parts of the vocabulary: the same losses as the whole model's, whatever the model."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -72,6 +74,30 @@ def test_the_usual_architectures_never_make_the_logits_of_a_batch(
     network.get_output_embeddings().register_forward_hook(watch)
     losses(torch.zeros(8, 16, dtype=torch.int64), 1)
     assert largest == 8 * 15 * (4 * 96 * 16 // (4 * 8 * 15))
+
+
+def test_a_scored_model_goes_with_its_last_reference() -> None:
+    """Until garbage was collected a job would hold two models, on a GPU above all."""
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL)).eval()
+    gone = weakref.ref(network)
+    gc.disable()
+    try:
+        TokenLosses(network, vocabulary=96)(torch.zeros(2, 4, dtype=torch.int64), 1)
+        del network
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_logits_of_fewer_bits_are_summed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 1001, generator=generator) * 8).to(torch.bfloat16)
+    logits[3] = -torch.inf
+    found, as_float = module._logsumexp_(logits.clone()), module._logsumexp_(logits.float())
+    assert torch.equal(found, as_float)
+    finite = torch.arange(7) != 3
+    expected = logits.double().logsumexp(dim=1)
+    assert torch.allclose(found[finite], expected[finite], rtol=1e-6)
 
 
 def test_a_model_is_left_as_it_was(model: torch.nn.Module) -> None:
