@@ -53,7 +53,7 @@ from ckptfuse.protocol import (
 )
 from ckptfuse.reading import Loaded, load
 from ckptfuse.record_files import Records
-from ckptfuse.score_records import is_recorded, losses_of, write_score
+from ckptfuse.score_records import is_recorded, losses_from, write_score
 from ckptfuse.store import open_store, throttle
 
 _Weights = tuple[Mapping[str, object], Mapping[str, torch.Tensor]]  # configuration, state dict
@@ -145,7 +145,7 @@ def _score_model(
             else _own_engine(index, read, request, todo, where, place, converted=converted)
         )
         for item, blocks, found in engine:
-            losses = losses_of(blocks, found.nll)
+            losses = losses_from(blocks, found.nll)
             if not math.isfinite(float(found.nll.sum())):
                 raise NonFiniteValues(
                     f"{where}: the loss is NaN or Inf on {item.split} text although every weight "

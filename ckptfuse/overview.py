@@ -7,7 +7,6 @@ from itertools import islice
 from ckptfuse.corpus import Split
 from ckptfuse.curves import first_reached
 from ckptfuse.gate import best_member
-from ckptfuse.losses import combine
 from ckptfuse.promotion import champion
 from ckptfuse.published import in_order_of_publication
 from ckptfuse.records import (
@@ -21,7 +20,7 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.service import Service, plans_of
-from ckptfuse.steps.marks import spikes_among
+from ckptfuse.steps.spikes import spikes_among
 from ckptfuse.steps.survey import known_survey
 from ckptfuse.window import in_order, window_key, windows
 
@@ -74,7 +73,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
         row = Row(
             checkpoint.name,
             checkpoint.step,
-            loss=_loss(service, checkpoint.fingerprint, checkpoint.tokenizer, split),
+            loss=service.scorer.target(checkpoint.fingerprint, checkpoint.tokenizer, split),
             best_single=_best_single(service, window.members, split),
             spike=marks.get(checkpoint.fingerprint),
         )
@@ -106,12 +105,12 @@ def _best_single(
     service: Service, members: Sequence[CheckpointRecord], split: Split
 ) -> float | None:
     """The loss of the checkpoint that selection text finds best."""
-    chosen = [(_loss(service, m.fingerprint, m.tokenizer, "selection"), m) for m in members]
+    chosen = [(service.scorer.target(m.fingerprint, m.tokenizer, "selection"), m) for m in members]
     known = [(loss, member) for loss, member in chosen if loss is not None]
     if not known:
         return None
     _, best = min(known, key=lambda pair: pair[0])
-    return _loss(service, best.fingerprint, best.tokenizer, split)
+    return service.scorer.target(best.fingerprint, best.tokenizer, split)
 
 
 def _with_plan(
@@ -123,8 +122,8 @@ def _with_plan(
     crowned: str | None,
     split: Split,
 ) -> Row:
-    best = _loss(service, best_member(plan.members).fingerprint, plan.tokenizer, split)
-    fused = _loss(service, plan.fusion, plan.tokenizer, split)
+    best = service.scorer.target(best_member(plan.members).fingerprint, plan.tokenizer, split)
+    fused = service.scorer.target(plan.fusion, plan.tokenizer, split)
     published = publications.get(plan.window)
     word = "deciding"
     if verdict is not None:
@@ -140,11 +139,6 @@ def _with_plan(
         reason=verdict.reason if verdict else "",
         plan=plan,
     )
-
-
-def _loss(service: Service, model_id: str, tokenizer: str, split: Split) -> float | None:
-    by_domain = service.scorer.by_domain(model_id, tokenizer, split)
-    return combine(by_domain, service.scorer.target_weights).mean if by_domain else None
 
 
 def steps_saved(rows: Sequence[Row]) -> list[int | None]:

@@ -46,7 +46,7 @@ def write_score(
     records.put(key, record, arrays)
 
 
-def losses_of(blocks: Blocks, nll: NDArray[np.float64]) -> Losses:
+def losses_from(blocks: Blocks, nll: NDArray[np.float64]) -> Losses:
     return Losses(
         blocks.digest,
         blocks.domains,

@@ -14,7 +14,7 @@ from ckptfuse.blocks import block_digest
 from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Progress, Split, documents_of
 from ckptfuse.errors import CorpusError
 from ckptfuse.jobs import ModelScores, Runner
-from ckptfuse.losses import Estimate, Losses
+from ckptfuse.losses import Estimate, Losses, combine
 from ckptfuse.meter import Meter
 from ckptfuse.params import Params, ScoringParams
 from ckptfuse.protocol import (
@@ -195,6 +195,11 @@ class Scorer:
         if record is None:
             return None
         return {name: _estimate(score) for name, score in record.domains.items()}
+
+    def target(self, model_id: str, tokenizer: str, split: Split) -> float | None:
+        """The recorded target loss, nats per token; None when it was not scored."""
+        by_domain = self.by_domain(model_id, tokenizer, split)
+        return combine(by_domain, self.target_weights).mean if by_domain else None
 
     def losses(self, model_id: str, tokenizer: str, split: Split) -> Losses | None:
         """The recorded losses of a model on one split; None when it was not scored."""

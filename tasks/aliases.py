@@ -8,13 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.errors import PublicationError
-from ckptfuse.promotion import (
-    champion,
-    promote_by_hand,
-    rollback_by_hand,
-    rollback_target,
-    settle,
-)
+from ckptfuse.promotion import champion, promote_by_hand, rollback_by_hand, rollback_target
 from ckptfuse.published import find_publication, publications
 from ckptfuse.records import (
     FusionRecord,
@@ -23,6 +17,7 @@ from ckptfuse.records import (
     RetirementRecord,
 )
 from ckptfuse.service import Service
+from ckptfuse.steps.promote import settle
 from tasks.log import log
 from tasks.marks import is_marked, mark
 from tasks.registry import Registry, registry_of

@@ -6,7 +6,7 @@ parts, as large as it takes for 10,000 of them to be enough, so up to S3's own l
 
 from pathlib import Path
 
-from tasks.ledger import link_tree
+from ckptfuse.store import link_tree
 from tasks.log import log
 from tasks.packaging import MODEL_FOLDER, is_weights
 

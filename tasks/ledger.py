@@ -23,13 +23,14 @@ import yaml
 
 from ckptfuse.corpus import jsonl
 from ckptfuse.errors import PublicationError
+from ckptfuse.merge.companions import PROVENANCE
 from ckptfuse.params import LedgerParams
 from ckptfuse.processes import end_with_parent
 from ckptfuse.records import GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
 from ckptfuse.service import Service
-from ckptfuse.store import open_store, remove_folder
-from tasks import stages
+from ckptfuse.store import link_tree, open_store, remove_folder
+from tasks import ledger_files
 from tasks.pipeline import MANIFEST, pipeline, template, weights_of
 from tasks.window_file import WindowFile
 
@@ -37,7 +38,8 @@ _IDENTITY = ("user.name=ckptfuse", "user.email=ckptfuse@localhost", "commit.gpgs
 #: What of the ledger Git holds.
 _IN_GIT = (
     ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "corpus.dvc", "params.yaml",
-    "constraints.txt", "sources.yaml", "window.yaml", str(stages.METRICS), str(stages.LOSSES),
+    "constraints.txt", "sources.yaml", "window.yaml",
+    str(ledger_files.METRICS), str(ledger_files.LOSSES),
 )  # fmt: skip
 _IGNORED = "/corpus\n/scores\n/decision.json\n/model\n/manifest.json\n"
 #: With any other type first DVC copies what it commits, where reflinks are missing.
@@ -163,7 +165,7 @@ class Ledger:
         lock = yaml.safe_load(self.git("show", f"{commit}:dvc.lock"))
         corpus = yaml.safe_load(self.git("show", f"{commit}:corpus.dvc"))
         outs = [out for stage in lock["stages"].values() for out in stage["outs"]]
-        in_git = {str(stages.METRICS), str(stages.LOSSES)}
+        in_git = {str(ledger_files.METRICS), str(ledger_files.LOSSES)}
         return {
             str(out["path"]): str(out["md5"])
             for out in [*outs, *corpus["outs"]]
@@ -219,20 +221,20 @@ class Ledger:
         self._lay_corpus(service)
         remove_folder(self.folder / "scores")
         for member in decided.members:
-            path = self.folder / stages.SCORES / f"step{member.step}.npz"
+            path = self.folder / ledger_files.SCORES / f"step{member.step}.npz"
             export_scores(service.scorer, member.fingerprint, decided.tokenizer, path)
-        stages.write_decision(decided, self.folder)
-        stages.write_metrics(service, decided, verdict, self.folder)
+        ledger_files.write_decision(decided, self.folder)
+        ledger_files.write_metrics(service, decided, verdict, self.folder)
         made = service.workspace.model(decided.fusion)
         self._lay_weights(made, in_cache=service.params.versions.weights == "cache")
 
     def _lay_weights(self, made: Path, *, in_cache: bool) -> None:
-        remove_folder(self.folder / stages.MODEL)
+        remove_folder(self.folder / ledger_files.MODEL)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         if in_cache:
-            link_tree(made, self.folder / stages.MODEL)
+            link_tree(made, self.folder / ledger_files.MODEL)
         else:
-            shutil.copyfile(made / "fusion.json", self.folder / MANIFEST)
+            shutil.copyfile(made / PROVENANCE, self.folder / MANIFEST)
 
     def _lay_corpus(self, service: Service) -> None:
         """The documents drawn, and the scientific parameters with their paths in the ledger.
@@ -272,16 +274,3 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         return True
-
-
-def link_tree(source: Path, target: Path) -> None:
-    """Hard-link a folder's files, or copy where the file system cannot."""
-    remove_folder(target)
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:
-                shutil.copyfile(path, place)

@@ -8,7 +8,7 @@ from ckptfuse.listing import Healthy, Listed, Listing
 from ckptfuse.records import CheckpointRecord, GateRecord, PublicationRecord, QuarantineRecord
 from ckptfuse.service import Service
 from ckptfuse.stalls import silence
-from ckptfuse.steps.marks import spikes_among
+from ckptfuse.steps.spikes import spikes_among
 from tasks.events import tell
 from tasks.log import log
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from ckptfuse.params import VersionsParams
-from tasks.stages import MODEL
+from tasks.ledger_files import MODEL
 
 MANIFEST = Path("manifest.json")
 

@@ -5,7 +5,6 @@ from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.digests import digest
 from ckptfuse.errors import CkptfuseError
-from ckptfuse.promotion import decide_promotion
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
@@ -13,6 +12,7 @@ from ckptfuse.records import (
     PublicationRecord,
 )
 from ckptfuse.service import Service
+from ckptfuse.steps.promote import decide_promotion
 from tasks import curves, news
 from tasks.aliases import follow_champion, tell
 from tasks.ledger import LedgerEntry

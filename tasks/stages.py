@@ -4,9 +4,7 @@ Each stage works on a workspace of its own that it throws away, so it computes a
 service remembers; what passes from stage to stage are the files that DVC sees.
 """
 
-import csv
 import json
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +19,13 @@ from ckptfuse.errors import (
     MissingFile,
     StoreError,
 )
-from ckptfuse.evaluation import Evaluation, evaluate
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.gate import Share
 from ckptfuse.params import load_params
 from ckptfuse.protocol import CheckpointModel, Input
-from ckptfuse.records import CheckpointRecord, GateRecord, Member, PlanRecord
+from ckptfuse.records import CheckpointRecord, Member, PlanRecord
 from ckptfuse.score_files import export_scores, import_scores
-from ckptfuse.service import Service, losses_of, target_loss
+from ckptfuse.service import Service
 from ckptfuse.steps.judge import verdict_on
 from ckptfuse.steps.merge import make_fusion
 from ckptfuse.steps.score import score_fusion
@@ -36,13 +33,8 @@ from ckptfuse.steps.weigh import spec_of, weigh
 from ckptfuse.store import remove_folder, throttle
 from ckptfuse.window import Window
 from ckptfuse.workspace import Workspace
+from tasks.ledger_files import DECISION, MODEL, SCORES, write_decision, write_metrics
 from tasks.window_file import WindowFile, read_window_file
-
-SCORES = Path("scores")
-DECISION = Path("decision.json")
-MODEL = Path("model")
-METRICS = Path("metrics.json")
-LOSSES = Path("losses.csv")
 
 _DVC = Path(".dvc")
 #: Tokenised text, by its digest: the first stage makes it for all. DVC keeps tmp/ out of Git.
@@ -135,45 +127,6 @@ def evaluate_stage() -> None:
         share = Share(window.fusion.gate_test, window.fusion.gate_alpha)
         verdict = verdict_on(service, on_files, share=share)
         write_metrics(service, on_files, verdict, Path())
-
-
-def write_decision(decided: PlanRecord, folder: Path) -> None:
-    weights = {f"step{member.step}": member.weight for member in decided.members}
-    text = json.dumps({"fusion": decided.fusion, "weights": weights}, indent=2)
-    (folder / DECISION).unlink(missing_ok=True)  # it may be a read-only link into the cache
-    (folder / DECISION).write_text(text + "\n")
-
-
-def write_metrics(
-    service: Service, decided: PlanRecord, verdict: GateRecord, folder: Path
-) -> Evaluation:
-    figures = evaluate(service, decided)
-    comparisons: dict[str, object] = {
-        c.against: {"gain": c.gain, "standard_error": c.standard_error, "lower": c.lower_bound}
-        for c in verdict.comparisons
-    }
-    values: dict[str, object] = {
-        **figures.metrics(),
-        "gate": {"passed": verdict.verdict == "publish", **comparisons},
-    }
-    (folder / METRICS).write_text(json.dumps(_rounded(values), indent=2) + "\n")
-    with (folder / LOSSES).open("w", newline="") as out:
-        rows = csv.writer(out, lineterminator="\n")
-        rows.writerow(["step", "model", "loss"])
-        for member in decided.members:
-            losses = losses_of(service, member.fingerprint, decided.tokenizer, "report")
-            rows.writerow([member.step, "checkpoint", f"{target_loss(service, losses):.6f}"])
-        rows.writerow([decided.step, "fusion", f"{figures.target('fusion').mean:.6f}"])
-    return figures
-
-
-def _rounded(value: object) -> object:
-    """Six decimals: beyond them losses depend on the machine."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
-    return value
 
 
 def _import_all(service: Service, window: WindowFile) -> None:

@@ -18,7 +18,7 @@ from ckptfuse.corpus import Document
 from ckptfuse.cut import Cut
 from ckptfuse.packing import build
 from ckptfuse.perplexity import score_blocks
-from ckptfuse.score_records import losses_of, summarise
+from ckptfuse.score_records import losses_from, summarise
 from ckptfuse.store import FolderStore
 from ckptfuse.tokenizing import load_tokenizer
 from examples import lm_eval_veto
@@ -76,7 +76,7 @@ def test_the_rolling_layout_agrees_with_lm_evaluation_harness(
     sizes = [len(text.encode()) for text in documents]
     by_word = list(zip(-theirs, words, strict=True))
     by_byte = list(zip(-theirs, sizes, strict=True))
-    score = summarise(losses_of(blocks, nll))["text"]
+    score = summarise(losses_from(blocks, nll))["text"]
     assert score.bytes == sum(sizes)
     assert score.bits_per_byte == pytest.approx(bits_per_byte(by_byte), rel=1e-6)
     assert 2**score.bits_per_byte == pytest.approx(weighted_perplexity(by_byte), rel=1e-6)

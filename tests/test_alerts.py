@@ -10,7 +10,7 @@ import pytest
 import yaml
 from prometheus_client.core import Metric
 
-from ckptfuse.metrics import registry_of
+from ckptfuse.metrics import prometheus_registry
 from tests.unit.test_metrics import service  # noqa: F401 - a fixture: a workspace with all there is
 
 INFRA = Path(__file__).parent.parent / "infra"
@@ -43,7 +43,7 @@ def selectors(expression: str) -> Iterator[tuple[str, dict[str, str]]]:
 def emitted(service) -> dict[str, list[dict[str, str]]]:  # type: ignore[no-untyped-def] # noqa: F811
     """Sample name -> the labels it comes with."""
     found: dict[str, list[dict[str, str]]] = {}
-    families: list[Metric] = list(registry_of(service).collect())
+    families: list[Metric] = list(prometheus_registry(service).collect())
     for family in families:
         for sample in family.samples:
             found.setdefault(sample.name, []).append(dict(sample.labels))

@@ -5,6 +5,6 @@
 ``export``  those in Prometheus's form
 """
 
-from ckptfuse.metrics.export import registry_of
+from ckptfuse.metrics.export import prometheus_registry
 
-__all__ = ["registry_of"]
+__all__ = ["prometheus_registry"]

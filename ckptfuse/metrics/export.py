@@ -23,7 +23,7 @@ class Exporter:
             yield _family(told, self._service.params.trajectory)
 
 
-def registry_of(service: Service) -> CollectorRegistry:
+def prometheus_registry(service: Service) -> CollectorRegistry:
     """A registry with this trajectory and nothing else."""
     registry = CollectorRegistry()
     registry.register(Exporter(service))

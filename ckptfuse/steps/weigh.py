@@ -20,8 +20,8 @@ from ckptfuse.resampling import measure
 from ckptfuse.rules import Measurement, Observation, get_rule
 from ckptfuse.scoring import TokenizerSource
 from ckptfuse.service import Service, losses_of, plans_of
-from ckptfuse.steps.marks import spikes_among
 from ckptfuse.steps.score import raise_failed
+from ckptfuse.steps.spikes import spikes_among
 from ckptfuse.window import Window
 
 

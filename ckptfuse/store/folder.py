@@ -229,3 +229,16 @@ def remove_folder(path: Path) -> None:
     """Delete a local folder if it is there; read-only files inside do not stop it."""
     if path.is_dir():
         shutil.rmtree(path)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Hard-link a folder's files, or copy where the file system cannot."""
+    remove_folder(target)
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copyfile(path, place)

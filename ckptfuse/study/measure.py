@@ -16,8 +16,8 @@ from ckptfuse.records import CheckpointRecord
 from ckptfuse.rules import Measurement, Observation, Weights, get_rule
 from ckptfuse.scoring import TokenizerSource
 from ckptfuse.service import Service, losses_of
-from ckptfuse.steps.marks import spikes_among
 from ckptfuse.steps.score import raise_failed
+from ckptfuse.steps.spikes import spikes_among
 from ckptfuse.steps.weigh import evaluator, merge_model, observe, spec_of
 from ckptfuse.study.cases import Case, Place, Reference, fall_over
 from ckptfuse.study.choices import RuleChoice

@@ -49,10 +49,10 @@ def metrics(
     loaded, _ = load(params)
     from prometheus_client import generate_latest, start_http_server
 
-    from ckptfuse.metrics import registry_of
+    from ckptfuse.metrics import prometheus_registry
     from ckptfuse.service import open_service
 
-    registry = registry_of(open_service(loaded))
+    registry = prometheus_registry(open_service(loaded))
     if once:
         stdout.print(generate_latest(registry).decode(), markup=False, end="")
         return

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from ckptfuse.digests import digest, file_content
+from ckptfuse.merge.companions import PROVENANCE
 from ckptfuse.records import CheckpointRecord, ScoreRecord
 from ckptfuse.score_files import read_scores
 from tasks.chain.evidence import Evidence, broken, require_contents, require_same, sizes
 from tasks.chain.in_registry import RegistryLinks
 from tasks.dvc_cache import DvcCache, md5_of
+from tasks.ledger_files import SCORES
 from tasks.pipeline import MANIFEST, weights_of
-from tasks.stages import SCORES
 from tasks.version import ledger_of
 from tasks.window_file import WindowFile, parse_window_file
 
@@ -130,7 +131,7 @@ class LedgerLinks:
             return json.loads(self.cache.object(md5).read_bytes()), self.registered.files
         files = self.cache.files(path, md5)
         held = {file.removeprefix(f"{path}/"): self.cache.object(m) for file, m in files.items()}
-        return json.loads(held["fusion.json"].read_bytes()), held
+        return json.loads(held[PROVENANCE].read_bytes()), held
 
 
 def _flat(window: WindowFile) -> dict[str, object]:

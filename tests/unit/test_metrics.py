@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptfuse.looks import Look, LookFile, Queued
-from ckptfuse.metrics import registry_of
+from ckptfuse.metrics import prometheus_registry
 from ckptfuse.records import (
     FusionRecord,
     GateRecord,
@@ -27,7 +27,9 @@ def told(service: Service) -> dict[str, float]:
     from prometheus_client import generate_latest
 
     found = {}
-    for family in text_string_to_metric_families(generate_latest(registry_of(service)).decode()):
+    for family in text_string_to_metric_families(
+        generate_latest(prometheus_registry(service)).decode()
+    ):
         for sample in family.samples:
             labels = dict(sample.labels)
             assert labels.pop("trajectory") == service.params.trajectory

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckptfuse.promotion import champion, decide_promotion, promote_by_hand
+from ckptfuse.promotion import champion, promote_by_hand
 from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord, PublicationRecord
 from ckptfuse.service import Service
+from ckptfuse.steps.promote import decide_promotion
 from tests.helpers import make_service, member, plan_record, record_losses
 
 MEMBERS = [member(100, 3.0), member(200, 3.0)]

@@ -8,7 +8,6 @@ import pytest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.promotion import (
     champion,
-    decide_promotion,
     promote_by_hand,
     rollback_by_hand,
     rollback_target,
@@ -24,6 +23,7 @@ from ckptfuse.records import (
 )
 from ckptfuse.retention import why_kept
 from ckptfuse.service import Service
+from ckptfuse.steps.promote import decide_promotion
 from tests.helpers import make_service, member, plan_record, record_losses
 
 BY_HAND = {"by": "someone@somewhere", "reason": "because"}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ckptfuse.errors import CkptfuseError, JobError
-from ckptfuse.promotion import champion, decide_promotion, settle, waiting
+from ckptfuse.promotion import champion, waiting
 from ckptfuse.records import FusionRecord, PlanRecord, PublicationRecord, VetoRecord
 from ckptfuse.service import Service
+from ckptfuse.steps.promote import decide_promotion, settle
 from ckptfuse.steps.veto import hear_veto
 from ckptfuse.veto import ask, outcome
 from tests.helpers import make_service, member, plan_record, record_losses

@@ -1,9 +1,8 @@
-"""Marks: which scored checkpoints left the trajectory's trend (spikes.py)."""
+"""Which scored checkpoints left the trajectory's trend, by the records."""
 
 from collections.abc import Iterable
 from functools import cache
 
-from ckptfuse.losses import combine
 from ckptfuse.records import CheckpointRecord
 from ckptfuse.service import Service
 from ckptfuse.spikes import HISTORY, excess_over_trend
@@ -18,8 +17,7 @@ def spikes_among(service: Service, checkpoints: Iterable[CheckpointRecord]) -> d
 
     @cache
     def loss(fingerprint: str, tokenizer: str) -> float | None:
-        by_domain = service.scorer.by_domain(fingerprint, tokenizer, "selection")
-        return combine(by_domain, service.scorer.target_weights).mean if by_domain else None
+        return service.scorer.target(fingerprint, tokenizer, "selection")
 
     wanted = {checkpoint.fingerprint for checkpoint in checkpoints}
     known = service.records.all(CheckpointRecord).values()
