@@ -120,6 +120,17 @@ def test_fuse_before_anything_is_scored_says_what_to_do(project: Project) -> Non
     assert "ckptfuse watch --once" in told
 
 
+@pytest.mark.usefixtures("prefect_server")
+def test_a_look_that_can_score_nothing_says_why_and_fails(project: Project) -> None:
+    project.land(420, 480)
+    change_params(project, scoring={"block_length": 4096})
+    told = project.cli("watch", "--once", status=1)
+    assert told.stdout.strip() == (
+        "2 of 2 checkpoints could not be read or scored; the next look tries again."
+    )
+    assert told.stderr.count("set scoring.block_length") == 2
+
+
 def test_score_equals_transformers_own_loss(project: Project, trajectory: Trajectory) -> None:
     """On one context, begin-of-sequence token first, as its documentation computes it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -58,7 +58,7 @@ def watch(
     if once:
         summary = watch_flow(file)
         stdout.print(sentence(summary), markup=False)
-        if summary.delayed:
+        if summary.delayed or (summary.held and summary.did_nothing):
             raise typer.Exit(1)
         return
     _look_and_go_on(watch_flow, file, is_first=True)
@@ -118,17 +118,23 @@ def sentence(summary: "Summary") -> str:
     if summary.busy:
         return "Another process is at work on this workspace; nothing done."
     waiting = f" ({summary.incomplete} not complete yet)" if summary.incomplete else ""
-    delayed = f"Publication waits for the next run: {summary.delayed}" if summary.delayed else ""
-    if summary.did_nothing and delayed:
-        return delayed
-    if summary.did_nothing:
-        held = f"; {len(summary.held)} could not be read" if summary.held else ""
-        return f"Nothing to do: {summary.complete} checkpoints, all seen before{waiting}{held}."
-    verdicts = [f"step {v.step}: {v.verdict} ({v.reason})" for v in summary.verdicts]
-    return (
-        f"{summary.scored} scored, {summary.quarantined} quarantined, {summary.skipped} skipped, "
-        f"{summary.published} published{waiting}. " + " ".join([*verdicts, delayed])
-    ).strip()
+    said = []
+    if not summary.did_nothing:
+        said.append(
+            f"{summary.scored} scored, {summary.quarantined} quarantined, {summary.skipped} "
+            f"skipped, {summary.published} published{waiting}."
+        )
+    said += [f"step {v.step}: {v.verdict} ({v.reason})" for v in summary.verdicts]
+    if summary.held:
+        said.append(
+            f"{len(summary.held)} of {summary.complete} checkpoints could not be read or scored; "
+            "the next look tries again."
+        )
+    if summary.delayed:
+        said.append(f"Publication waits for the next run: {summary.delayed}")
+    if not said:
+        return f"Nothing to do: {summary.complete} checkpoints, all seen before{waiting}."
+    return " ".join(said)
 
 
 def fuse(
