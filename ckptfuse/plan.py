@@ -35,12 +35,14 @@ class State:
     gates: Mapping[str, GateRecord] = field(default_factory=dict)
     skips: Mapping[str, SkipRecord] = field(default_factory=dict)
     publications: Mapping[str, PublicationRecord] = field(default_factory=dict)
+    retired: frozenset[str] = frozenset()  # fusions that retention let go
 
     def is_closed(self, window: str) -> bool:
         """Whether nothing is left to do for this window."""
         if window in self.skips or window in self.publications:
             return True
-        return window in self.gates and self.gates[window].verdict == "declined"
+        gate = self.gates.get(window)
+        return gate is not None and (gate.verdict == "declined" or gate.fusion in self.retired)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from ckptfuse.records import (
     PublicationRecord,
     SkipRecord,
 )
-from ckptfuse.service import Service
+from ckptfuse.service import Service, plans_of
 from ckptfuse.steps import merge
 from ckptfuse.steps.look import discover
 from ckptfuse.steps.weigh import plan_key
@@ -128,7 +128,9 @@ def fuse_step(params_file: str, step: int | None = None) -> GateRecord:
         listing, state = discover(service)
         item = _find_window(service, listing, state, step)
         known = state.gates.get(item.key)
-        if known is not None and state.is_closed(item.key):
+        if known is not None:
+            if not state.is_closed(item.key):
+                publish_window(service, plans_of(service)[item.key], known)
             return known
         members = [member.signature for member in item.window.members]
         verdict = fuse(params_file, item.key, item.window.step, members)

@@ -12,6 +12,7 @@ from ckptfuse.records import (
     GateRecord,
     PublicationRecord,
     QuarantineRecord,
+    RetirementRecord,
     SkipRecord,
 )
 from ckptfuse.service import Service
@@ -65,6 +66,7 @@ def load_state(
         gates={gate.window: gate for gate in records.all(GateRecord).values()},
         skips=records.all(SkipRecord),
         publications={p.window: p for p in records.all(PublicationRecord).values()},
+        retired=records.keys(RetirementRecord),
     )
 
 

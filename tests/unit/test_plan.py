@@ -211,6 +211,14 @@ def test_what_waited_is_published_in_the_order_of_the_gates_tests() -> None:
     assert world.plan().publish == tuple(keys)
 
 
+def test_what_retention_let_go_is_not_published_again_whatever_became_of_its_record() -> None:
+    world = scored(100, 200)
+    (item,) = world.plan().fuse
+    world.judge(item.key, 200, "publish")
+    world.state = replace(world.state, retired=frozenset({f"fusion of {item.key}"}))
+    assert not world.plan()
+
+
 def test_what_waited_until_parameters_or_text_changed_is_skipped() -> None:
     world = scored(100, 200)
     (earlier,) = world.plan().fuse
