@@ -29,8 +29,9 @@ from ckptfuse.errors import JobError
 from ckptfuse.job_forkserver import Ended, Job
 from ckptfuse.protocol import Event, Failed, Read, Request, Scored
 
-#: Jobs of one model each that die in a row until no more are started.
-ENOUGH = 2
+#: Jobs of one model each that die until no more are started, if none of the request's lived.
+ENOUGH = 3
+_NOT_TRIED = f"not tried, as {ENOUGH} others died: "
 
 _SAID: TypeAdapter[Event | Ended] = TypeAdapter(Event | Ended)
 
@@ -117,28 +118,36 @@ def run_job(
 
     A job that dies (of memory, for one) costs no other model its answer: those that it had not
     spoken of get a job each, which holds one checkpoint at a time; one that dies again fails that
-    model. When ``ENOUGH`` in a row do, the fault is not the models', and the rest fail untried.
-    ``environment`` is added to this process's.
+    model. When the first ``ENOUGH`` of these all do, the fault is not the models', and the rest
+    fail untried. ``environment`` is added to this process's.
     """
     answers, death = _run_once(request, progress, environment)
-    dead = 0
-    for index, answer in enumerate(answers):
-        if answer.is_complete:
-            continue
-        if len(answers) > 1 and dead < ENOUGH:
+    left = [index for index, answer in enumerate(answers) if not answer.is_complete]
+    has_answers = len(left) < len(answers)
+    for tried, index in enumerate(_from_both_ends(left)):
+        answer = answers[index]
+        if len(answers) > 1 and (has_answers or tried < ENOUGH):
             alone = request.model_copy(update={"models": request.models[index : index + 1]})
 
             def tell(event: Event, index: int = index) -> None:
                 progress(event.model_copy(update={"model": index}))
 
             (answer,), death = _run_once(alone, tell, environment)
-            dead = 0 if answer.is_complete else dead + 1
+            has_answers = has_answers or answer.is_complete
+        elif len(answers) > 1:
+            death = death if death.startswith(_NOT_TRIED) else f"{_NOT_TRIED}{death}"
         if not answer.is_complete:
             failed = Failed(model=index, error="other", reason=death)
             progress(failed)
             answer = ModelScores(failed=failed)
         answers[index] = answer
     return answers
+
+
+def _from_both_ends(indices: Sequence[int]) -> list[int]:
+    """The newest, the oldest, then the others from the newest: few neighbours say little of all."""
+    newest_first = list(reversed(indices))
+    return [*newest_first[:1], *newest_first[1:][-1:], *newest_first[1:-1]]
 
 
 def _run_once(

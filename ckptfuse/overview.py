@@ -17,6 +17,7 @@ from ckptfuse.records import (
     PromotionRecord,
     PublicationRecord,
     QuarantineRecord,
+    RetirementRecord,
     SkipRecord,
 )
 from ckptfuse.service import Service, plans_of
@@ -59,6 +60,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
     skips = records.all(SkipRecord)
     science, corpus = service.params.scientific_digest(), service.scorer.corpus_digest()
     publications = {p.window: p for p in records.all(PublicationRecord).values()}
+    retired = records.keys(RetirementRecord)
     present = champion(service)
     crowned = present.fusion if present else None
     rows: list[Row] = []
@@ -68,8 +70,10 @@ def overview(service: Service, split: Split = "report") -> Overview:
     for window in windows(ordered, single):
         checkpoint, key = window.newest, window_key(window.newest, science, corpus)
         plan = plans.get(key)
-        if plan is None and key not in skips:  # decided under other parameters, and not again
-            plan = latest.get((checkpoint.fingerprint, checkpoint.step))
+        if plan is None:  # decided under other parameters, and not again?
+            before = latest.get((checkpoint.fingerprint, checkpoint.step))
+            if before is not None and (key not in skips or before.window in publications):
+                plan = before
         row = Row(
             checkpoint.name,
             checkpoint.step,
@@ -78,8 +82,9 @@ def overview(service: Service, split: Split = "report") -> Overview:
             spike=marks.get(checkpoint.fingerprint),
         )
         if plan is not None:
+            is_published = plan.window in publications or plan.fusion in retired
             row = _with_plan(
-                service, row, plan, gates.get(plan.window), publications, crowned, split
+                service, row, plan, gates.get(plan.window), is_published, crowned, split
             )
         elif key in skips:
             row = replace(row, verdict="skipped", reason=skips[key].reason)
@@ -118,17 +123,16 @@ def _with_plan(
     row: Row,
     plan: PlanRecord,
     verdict: GateRecord | None,
-    publications: dict[str, PublicationRecord],
+    is_published: bool,
     crowned: str | None,
     split: Split,
 ) -> Row:
     best = service.scorer.target(best_member(plan.members).fingerprint, plan.tokenizer, split)
     fused = service.scorer.target(plan.fusion, plan.tokenizer, split)
-    published = publications.get(plan.window)
     word = "deciding"
     if verdict is not None:
         word = verdict.verdict if verdict.verdict == "declined" else "publishing"
-    if published is not None:
+    if is_published:
         word = "champion" if plan.fusion == crowned else "published"
     return replace(
         row,

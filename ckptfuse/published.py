@@ -11,9 +11,15 @@ _SHOWN = 8
 
 
 def publications(service: Service) -> list[PublicationRecord]:
-    """All that was ever published, one of each fusion, in the order of publication."""
-    found = in_order_of_publication(service, service.records.all(PublicationRecord).values())
-    return list({record.fusion: record for record in found}.values())
+    """All that was ever published, one of each fusion, in the order of publication.
+
+    The first of each: under other parameters the same fusion may pass again, and is the same
+    version, run, commit and tag.
+    """
+    first: dict[str, PublicationRecord] = {}
+    for record in in_order_of_publication(service, service.records.all(PublicationRecord).values()):
+        first.setdefault(record.fusion, record)
+    return list(first.values())
 
 
 def in_order_of_publication(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from ckptfuse.corpus import Split
 from ckptfuse.errors import RecordError
@@ -11,11 +12,13 @@ from ckptfuse.jobs import Here, Runner
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
 from ckptfuse.record_files import Records
-from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
+from ckptfuse.records import CheckpointRecord, FusionRecord, GateRecord, Member, PlanRecord
 from ckptfuse.rules import get_rule
 from ckptfuse.scoring import Scorer
-from ckptfuse.store import throttle
+from ckptfuse.store import open_store, throttle
 from ckptfuse.workspace import Workspace
+
+Placed = TypeVar("Placed", CheckpointRecord, Member)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,18 @@ class Service:
     @cached_property
     def scorer(self) -> Scorer:
         return Scorer(self.params, self.records, self.workspace.folder("cache"), self.runner)
+
+    @cached_property
+    def bucket(self) -> str | None:
+        """The bucket's URI without a slash at its end; None for a service that has none."""
+        return None if not self.params.bucket else open_store(self.params.bucket).uri.rstrip("/")
+
+    def placed(self, checkpoint: Placed) -> Placed:
+        """The checkpoint where it lies now: a record names the place where it was first read."""
+        uri = f"{self.bucket}/{checkpoint.name}"
+        if self.bucket is None or checkpoint.uri == uri:
+            return checkpoint
+        return checkpoint.model_copy(update={"uri": uri})
 
     def weights_of(self, fusion: str) -> Path | None:
         """The folder of a merged model; None where it is not (any more, or completely) here."""

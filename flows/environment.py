@@ -19,6 +19,7 @@ _QUIET = {
     # A busy machine takes up to a minute to start the embedded server; the default is 20 s.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "ckptfuse",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # of commands that run no flow
     # Failures reach the command line as exceptions; Prefect keeps their tracebacks with the run.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_CLI_WRAP_LINES": "false",

@@ -26,7 +26,7 @@ from tasks.fuse import decide_weights, judge_fusion, merge_fusion, merge_shard, 
 from tasks.log import log
 from tasks.publish import publish
 from tasks.score import score_fusion
-from tasks.version import commit_fusion
+from tasks.version import bring_back, commit_fusion
 from tasks.workers import Handed
 
 #: Most fusions that a rule may have made of one window before it stands by its weights.
@@ -42,7 +42,8 @@ def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRe
     """
     service = open_flow(params_file)
     known = service.records.all(CheckpointRecord)
-    item = Fuse(window, Window(tuple(known[signature] for signature in members)))
+    found = tuple(service.placed(known[signature]) for signature in members)
+    item = Fuse(window, Window(found))
     try:
         decided = _decided(service, item)
         verdict = judge_fusion(service, decided)
@@ -110,6 +111,7 @@ def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
 
 def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -> PublicationRecord:
     """Everything after the verdict, in the order of publication; repeats nothing that is done."""
+    bring_back(service, decided)
     merge_window(service, decided)
     entry = commit_fusion(service, decided, verdict)
     return publish(service, decided, verdict, entry)

@@ -47,10 +47,10 @@ class Summary:
     waiting: frozenset[str] = frozenset()  # windows whose publication waits for the next run
     delayed: str | None = None  # why the last of them does
 
-    def delay(self, window: str, error: CkptfuseError) -> None:
+    def delay(self, window: str, step: int, error: CkptfuseError) -> None:
         self.waiting |= {window}
-        self.delayed = str(error)
-        log.warning("publication waits for the next run: %s", error)
+        self.delayed = f"step {step}: {error}"
+        log.warning("publication waits for the next run: %s", self.delayed)
 
     @property
     def did_nothing(self) -> bool:
@@ -134,7 +134,7 @@ def _act(
             publish_window(service, plans_of(service)[key], state.gates[key])
             summary.published += 1
         except CkptfuseError as error:  # its server is down, or what it was made of is gone
-            summary.delay(key, error)
+            summary.delay(key, state.gates[key].step, error)
     for superseded in actions.skip:
         skip(service, superseded)
         summary.skipped += 1
@@ -143,7 +143,7 @@ def _act(
         try:
             verdict = fuse(params_file, item.key, item.window.step, members)
         except PublicationError as error:
-            summary.delay(item.key, error)
+            summary.delay(item.key, item.window.step, error)
             continue
         if verdict is None:  # plan again: without the damaged checkpoint, or on from the window
             is_skipped = service.records.has(SkipRecord, item.key)

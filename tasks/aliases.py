@@ -90,11 +90,14 @@ def follow_champion(service: Service, registry: Registry) -> bool:
     return behind
 
 
-def tell(step: int, version: str, promotion: PromotionRecord | None) -> None:
+def tell(service: Service, step: int, version: str, promotion: PromotionRecord | None) -> None:
+    """What was decided on it, now or, of one that is published again, before."""
     if promotion is None:
         log.info("step %d is version %s, candidate: `ckptfuse veto` is next", step, version)
         return
-    kind = "champion" if promotion.promoted else "candidate"
+    present = champion(service)
+    is_champion = present is not None and present.fusion == promotion.fusion
+    kind = "champion" if is_champion else "candidate"
     log.info("step %d is version %s, %s: %s", step, version, kind, promotion.reason)
 
 
@@ -106,7 +109,7 @@ def settle_champion(service: Service) -> None:
     """
     versions = {record.fusion: record.version for record in publications(service)}
     for promotion in settle(service):
-        tell(promotion.step, versions[promotion.fusion], promotion)
+        tell(service, promotion.step, versions[promotion.fusion], promotion)
     present = champion(service)
     if present is None or is_marked(service, _MARK, str(present.number)):
         return  # without loading MLflow

@@ -10,7 +10,12 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from ckptfuse.checkpoints import Contents
+from ckptfuse.digests import file_content
 from ckptfuse.errors import PublicationError
+from ckptfuse.merge.companions import PROVENANCE
+from ckptfuse.new_folder import new_folder
+from ckptfuse.store import link_file
 from tasks.ledger import Ledger
 from tasks.pipeline import weights_of
 
@@ -45,12 +50,27 @@ class DvcCache:
         """All cache files of an output."""
         return {self.object(md5)} | {self.object(m) for m in self.files(path, md5).values()}
 
-    def only_of(self, tag: str, gone: Collection[str], known: Collection[str]) -> set[Path]:
+    def restore(self, tag: str, wanted: Contents, target: Path) -> None:
+        """Link a tag's merged model from the cache into a new folder, if all of it is here."""
+        path, md5 = weights_of(self._ledger.outputs(tag))
+        if not md5.endswith(FOLDER) or not self.object(md5).is_file():
+            return
+        places = {
+            file.removeprefix(f"{path}/"): self.object(content)
+            for file, content in self.files(path, md5).items()
+        }
+        found = {name: file_content(place) for name, place in places.items() if place.is_file()}
+        if found == wanted:
+            with new_folder(target, last=PROVENANCE) as folder:
+                for name, place in places.items():
+                    link_file(place, folder / name)
+
+    def only_of(self, tag: str, gone: Collection[str]) -> set[Path]:
         """The cache files of a tag's weights that nothing else needs.
 
         Needed are all outputs of all tags, less the weights of the tags that are ``gone``, and less
-        what a tag that is not ``known`` has elsewhere: one of a workspace that was lost. Raises
-        PublicationError, before anything is deleted, when it cannot be told.
+        folders whose list is not here (a ledger was lost, say): whoever brings the list brings the
+        files. Raises PublicationError, before anything is deleted, when a list cannot be read.
         """
         own = weights_of(self._ledger.outputs(tag))
         if not self.object(own[1]).is_file():
@@ -61,7 +81,7 @@ class DvcCache:
             weights, _ = weights_of(outputs)
             for path, md5 in outputs.items():
                 is_gone = path == weights and other in gone
-                is_elsewhere = other not in known and not self.object(md5).is_file()
+                is_elsewhere = not self.object(md5).is_file()
                 if not (is_gone or is_elsewhere):
                     needed |= self.objects(path, md5)
         return self.objects(*own) - needed

@@ -112,7 +112,7 @@ def _named(root: Path, *tags: str) -> set[str]:
 def _copy(service: Service, member: Member) -> None:
     if copy_of(service, member.fingerprint) is not None:
         return
-    checkpoint = open_checkpoint(member.uri)
+    checkpoint = open_checkpoint(service.placed(member).uri)
     source = checkpoint.store()
     with tempfile.TemporaryDirectory(dir=service.workspace.folder("tmp")) as folder:
         copied = FolderStore(Path(folder, "checkpoint"))

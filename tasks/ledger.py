@@ -211,7 +211,7 @@ class Ledger:
             self._configure(params.dvc_remote)
             self.dvc("push")
         if params.remote:
-            self.git("push", "--quiet", params.remote, "main", entry.tag)
+            self.git("push", "--quiet", "--atomic", params.remote, "main", entry.tag)
 
     def _lay_out(self, service: Service, decided: PlanRecord, verdict: GateRecord) -> None:
         (self.folder / "dvc.yaml").write_text(pipeline(service.params.versions))

@@ -49,10 +49,13 @@ def _publish(
     if registry.find_version(decided.fusion) is None:
         curves.describe_fusion(registry, registry.fusion_run(decided), decided, verdict)
     version = registry.register(decided, verdict, entry)
-    registry.set_alias("candidate", version)
+    known = service.records.all(PublicationRecord).values()
+    tests = {gate.window: gate.test for gate in service.records.all(GateRecord).values()}
+    if all(tests.get(record.window, 0) <= verdict.test for record in known):  # not one that waited
+        registry.set_alias("candidate", version)
     promotion = decide_promotion(service, decided)
     follow_champion(service, registry)  # another one, if a person has promoted it meanwhile
-    tell(decided.step, version, promotion)
+    tell(service, decided.step, version, promotion)
     record = PublicationRecord(
         fusion=decided.fusion,
         window=decided.window,

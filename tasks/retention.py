@@ -216,8 +216,7 @@ def _files_of(
     """All files on this machine that go with a fusion."""
     folders = [local_folder(location) for location in registry.artifacts(fusion)]
     packaged = {path for folder in folders if folder for path in _files(folder)}
-    known = [record.tag for record in publications(service)]
-    objects = DvcCache(ledger_of(service)).only_of(tag, gone, known)
+    objects = DvcCache(ledger_of(service)).only_of(tag, gone)
     copies = held.only_of(service, tag, gone)
     return packaged | objects | copies | _files(service.workspace.model(fusion))
 

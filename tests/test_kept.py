@@ -100,7 +100,7 @@ def test_dvc_holds_the_hashes_of_the_weights_and_the_chain_holds_all_the_same(
     assert "up to date" in status.stdout
     assert {link.state for link in links(project).values()} == {"holds"}
     tag = published(project).tag
-    own = DvcCache(ledger_of(opened(project))).only_of(tag, [tag], [tag])
+    own = DvcCache(ledger_of(opened(project))).only_of(tag, [tag])
     assert [path.read_bytes() for path in own] == [(ledger / "manifest.json").read_bytes()]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ckptfuse.overview import overview
 from ckptfuse.params import load_params
 from ckptfuse.published import publications
 from ckptfuse.service import Service, open_service
@@ -54,6 +55,8 @@ def publish_again(project: Project) -> None:
 
 def test_versions_that_mlflow_lost_are_missed_and_registered_again(project: Project) -> None:
     before = publications(opened(project))
+    for checkpoint in project.bucket.iterdir():  # the ledger's cache is enough
+        shutil.rmtree(checkpoint)
     shutil.rmtree(project.workspace / "mlartifacts")
     (project.workspace / "mlflow.db").unlink()
     said = project.cli("doctor").stdout
@@ -76,6 +79,23 @@ def test_a_ledger_that_was_lost_is_missed_and_written_again(project: Project) ->
     assert seen(project) == {TAGS: "ok", VERSIONS: "ok"}
     assert project.versions() == versions, "none was registered twice"
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+def test_a_bucket_may_move_and_a_gate_may_change_and_the_chain_holds(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = project.bucket.rename(tmp_path / "elsewhere")
+    monkeypatch.setenv("CKPTFUSE_BUCKET", str(elsewhere))
+    versions, tags = project.versions(), project.git("tag")
+    params = Path(project.params_file)
+    gate = {"gate": {"minimum_gain": 0.001}}
+    params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), **gate}))
+    done = watch(project.params_file)
+    assert ([v.step for v in done.verdicts], done.published, done.delayed) == ([720], 1, None)
+    assert (project.versions(), project.git("tag")) == (versions, tags), "the same fusion"
+    assert [broken(project, name) for name in ("600", "720")] == [[], []]
+    words = {row.step: row.verdict for row in overview(opened(project)).rows}
+    assert (words[600], words[720]) == ("published", "champion")
 
 
 def test_while_mlflow_is_down_later_windows_are_merged_and_judged_all_the_same(
@@ -124,4 +144,4 @@ def test_a_new_workspace_goes_on_with_the_ledger_and_the_registry_of_a_lost_one(
     assert broken(project, "720") == ["run -> records", "commit -> records"]
     (newest,) = publications(opened(project))
     # The other tag's data went with the old workspace, and stops no deletion.
-    assert DvcCache(ledger_of(opened(project))).only_of(newest.tag, [newest.tag], [newest.tag])
+    assert DvcCache(ledger_of(opened(project))).only_of(newest.tag, [newest.tag])

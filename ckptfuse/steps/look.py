@@ -54,7 +54,10 @@ def load_state(
 ) -> State:
     """What the records say now; checkpoints ``held``, windows ``delayed`` are left alone now."""
     records, scorer = service.records, service.scorer
-    known = records.all(CheckpointRecord)
+    known = {
+        signature: service.placed(record)
+        for signature, record in records.all(CheckpointRecord).items()
+    }
     return State(
         corpus=scorer.corpus_digest(),
         checkpoints=known,

@@ -66,7 +66,9 @@ def _spec_and_members(
     service: Service, decided: PlanRecord
 ) -> tuple[FusionSpec, Sequence[Checkpoint]]:
     newest = decided.members[-1]
-    needed = [m for m in decided.members if m.weight or m is newest]  # others may be gone by now
+    needed = [  # others may be gone by now
+        service.placed(m) for m in decided.members if m.weight or m is newest
+    ]
     spec = spec_of(service, needed, [m.weight for m in needed])
     return spec, [open_checkpoint(m.uri, m.signature) for m in needed]
 

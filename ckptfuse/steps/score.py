@@ -42,7 +42,13 @@ def score_checkpoints(service: Service, waiting: Sequence[Healthy]) -> list[Unsc
         groups.setdefault(known, []).append(checkpoint)
     for source, group in groups.items():
         models = [CheckpointModel(input=Input(uri=c.uri, signature=c.signature)) for c in group]
-        answers = service.scorer.score(models, source)
+        try:
+            answers = service.scorer.score(models, source)
+        except JobError as error:  # whoever starts the jobs was killed
+            unscored += [
+                Unscored(checkpoint, str(error), quarantined=False) for checkpoint in group
+            ]
+            continue
         for checkpoint, answer in zip(group, answers, strict=True):
             if answer.failed is not None:
                 unscored.append(_not_scored(service, checkpoint, answer.failed))

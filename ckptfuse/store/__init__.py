@@ -9,7 +9,7 @@ in ``s3_client``, its uploads in ``multipart``); ``uris`` opens one; ``throttle`
 boto3 is imported when an S3 store is first used.
 """
 
-from ckptfuse.store.folder import TEMPORARY_PREFIX, FolderStore, link_tree, remove_folder
+from ckptfuse.store.folder import TEMPORARY_PREFIX, FolderStore, link_file, link_tree, remove_folder
 from ckptfuse.store.protocol import Entry, PartWriter, Reader, Store, Writer
 from ckptfuse.store.s3 import S3Store
 from ckptfuse.store.uris import is_s3, open_store, read_uri, split_uri
@@ -24,6 +24,7 @@ __all__ = [
     "Store",
     "Writer",
     "is_s3",
+    "link_file",
     "link_tree",
     "open_store",
     "read_uri",

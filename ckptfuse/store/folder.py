@@ -232,13 +232,17 @@ def remove_folder(path: Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Hard-link a folder's files, or copy where the file system cannot."""
+    """Hard-link a folder's files in place of what is there."""
     remove_folder(target)
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            place = target / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:
-                shutil.copyfile(path, place)
+            link_file(path, target / path.relative_to(source))
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system cannot."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

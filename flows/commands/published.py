@@ -15,7 +15,7 @@ import typer
 
 from ckptfuse.errors import CkptfuseError, ConfigurationError
 from flows.commands.console import stderr, stdout
-from flows.commands.service import ParamsOption, load
+from flows.commands.service import ParamsOption, load, log_to_stderr
 
 if TYPE_CHECKING:
     from ckptfuse.service import Service
@@ -142,6 +142,7 @@ def _open(params: Path | None) -> "Service":
 def _writing(params: Path | None) -> Iterator["Service"]:
     """The service, as its one writer."""
     service = _open(params)
+    log_to_stderr()
     with service.workspace.lock() as mine:
         if not mine:
             raise CkptfuseError("another process is at work on this workspace; try again later")

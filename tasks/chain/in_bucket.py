@@ -10,7 +10,6 @@ from ckptfuse.service import Service
 from ckptfuse.store import is_s3
 from tasks import held
 from tasks.chain.evidence import Broken, Gone
-from tasks.window_file import item_uri
 
 
 def source_fits(service: Service, member: Member) -> str:
@@ -18,7 +17,7 @@ def source_fits(service: Service, member: Member) -> str:
 
     Raises Gone when there is neither: trainers delete old checkpoints.
     """
-    uri = item_uri(member)
+    uri = service.placed(member).uri
     found = _fingerprint(uri)
     if found == member.fingerprint:
         return f"{uri} has fingerprint {found[:16]}"

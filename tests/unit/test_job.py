@@ -33,6 +33,7 @@ from ckptfuse.protocol import (
     Numerics,
     Progress,
     Request,
+    Scored,
     score_key,
 )
 from ckptfuse.reading import Loaded, load
@@ -252,7 +253,26 @@ def test_a_job_that_is_killed_at_one_model_costs_no_other_its_answer(
     assert answers[1].failed is not None
     assert answers[1].failed.reason.startswith("the scoring job ended with status -9 (out of mem")
     ends = [(event.model, event.event) for event in told if event.event in ("scored", "failed")]
-    assert ends == [(0, "scored"), (1, "failed"), (2, "scored")]
+    assert sorted(ends) == [(0, "scored"), (1, "failed"), (2, "scored")]
+
+
+@pytest.mark.parametrize("poison", [{0, 1}, {3, 4}, {0, 4}, {0, 1, 4}])
+def test_models_that_kill_their_jobs_keep_no_other_from_being_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: set[int]
+) -> None:
+    def run_once(request: Request, *_: object) -> tuple[list[jobs.ModelScores], str]:
+        answers = []
+        for number, model in enumerate(request.models):
+            if int(model.input.uri) in poison:  # type: ignore[union-attr]
+                break
+            scored = Scored(model=number, model_id="m", seconds=1.0, tokens=1)
+            answers.append(jobs.ModelScores(scored=scored))
+        return [*answers, *[jobs.ModelScores()] * (len(request.models) - len(answers))], "killed"
+
+    monkeypatch.setattr(jobs, "_run_once", run_once)
+    models = [CheckpointModel(input=Input(uri=str(number))) for number in range(5)]
+    answers = run_job(request_of(tmp_path, *models))
+    assert {n for n, answer in enumerate(answers) if answer.failed is not None} == poison
 
 
 def test_a_fault_that_kills_every_job_is_not_tried_for_every_model(
@@ -263,7 +283,10 @@ def test_a_fault_that_kills_every_job_is_not_tried_for_every_model(
     monkeypatch.setattr(jobs, "_run_once", lambda *a: started.append(a) or run_once(*a))
     request = request_of(tmp_path, *[checkpoint(llamas[0])] * 6)
     answers = run_job(request.model_copy(update={"records": "nowhere://records"}))
-    assert all(answer.failed is not None for answer in answers)
+    told = [answer.failed.reason for answer in answers if answer.failed is not None]
+    assert [reason.startswith("not tried") for reason in told] == [False, True, True, True, False,
+                                                                   False]  # fmt: skip
+    assert all("unknown scheme" in reason for reason in told)
     assert len(started) == 1 + jobs.ENOUGH
 
 

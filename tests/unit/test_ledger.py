@@ -3,7 +3,11 @@
 import subprocess
 from pathlib import Path
 
-from tasks.ledger import Ledger
+import pytest
+
+from ckptfuse.errors import PublicationError
+from ckptfuse.params import LedgerParams
+from tasks.ledger import Ledger, LedgerEntry
 
 
 def test_a_file_that_somebody_put_there_is_in_no_commit(tmp_path: Path) -> None:
@@ -52,3 +56,20 @@ def test_a_remote_that_a_host_made_with_a_readme_can_be_pushed_to(tmp_path: Path
     ledger.prepare(str(remote))
     ledger.git("push", "--quiet", str(remote), "main")
     assert {"README.md", ".dvc/config"} < set(ledger.git("ls-files").split())
+
+
+def test_a_push_that_is_refused_leaves_no_tag_behind(tmp_path: Path) -> None:
+    remote, other = tmp_path / "remote", Ledger(tmp_path / "other")
+    subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)
+    ledger = Ledger(tmp_path / "ledger")
+    ledger.prepare(None)
+    other.prepare(None)
+    (other.folder / "README.md").write_text("another history")
+    other.git("add", "README.md")
+    other.git("commit", "--quiet", "--message", "another history")
+    other.git("push", "--quiet", str(remote), "main")
+    ledger.git("tag", "--annotate", "step-1", "--message", "one")
+    entry = LedgerEntry("step-1", ledger.git("rev-parse", "HEAD"), "")
+    with pytest.raises(PublicationError, match="rejected"):
+        ledger._push(LedgerParams(remote=str(remote)), entry)
+    assert ledger.git("ls-remote", "--tags", str(remote)) == ""
