@@ -170,7 +170,7 @@ def test_what_holding_costs_is_told_and_let_go_with_the_fusion(project: Project)
     held.release(service, "another")
     assert held.cost(service) == cost
     first, *others = decided.members
-    gone = first.model_copy(update={"uri": str(project.folder / "nowhere")})
+    gone = first.model_copy(update={"name": "nowhere"})
     held.release(service, tag)
     assert held.cost(service) == held.Cost(0, 0)
     held.hold(service, decided.model_copy(update={"members": [gone, *others]}), tag)
