@@ -43,8 +43,9 @@ class TokenLosses:
         torch.backends.cuda.enable_cudnn_sdp(False)
         probe = torch.arange(8, device=self.device).remainder(vocabulary).reshape(2, 4)
         self._check_causal(probe)
-        self._is_tiled = self._suits(probe)  # no method of ours: that would be a circle of
-        # references, which would hold the model until garbage is collected
+        # Not the method of ours that it chooses: that would be a circle of references, which would
+        # hold the model until garbage is collected.
+        self._is_tiled = self._suits(probe)
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor, context: int) -> torch.Tensor:

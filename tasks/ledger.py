@@ -101,6 +101,10 @@ class Ledger:
             )
         return done.stdout.strip()
 
+    @property
+    def is_there(self) -> bool:
+        return (self.folder / ".git" / "HEAD").is_file()
+
     # -- the repository --------------------------------------------------------------------
 
     def prepare(self, remote: str | None) -> None:
@@ -109,7 +113,7 @@ class Ledger:
         In a workspace that lost its ledger it goes on from what was pushed to ``remote``.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / ".git" / "HEAD").is_file():
+        if not self.is_there:
             self.git("init", "--quiet", "--initial-branch=main")
         own = self.folder / ".git"
         for lock in (*own.glob("*.lock"), *(own / "refs").rglob("*.lock")):  # of a killed git

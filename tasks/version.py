@@ -24,7 +24,7 @@ def bring_back(service: Service, decided: PlanRecord) -> None:
     ledger, tag = ledger_of(service), tag_of(decided)
     if merged is None or service.weights_of(decided.fusion) is not None:
         return
-    if (ledger.folder / ".git").exists() and ledger.find(tag) is not None:
+    if ledger.is_there and ledger.find(tag) is not None:
         place = service.workspace.model(decided.fusion)
         DvcCache(ledger).restore(tag, merged.files, place)
 

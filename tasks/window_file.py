@@ -71,7 +71,7 @@ class WindowFile(BaseModel):
     def plan(self, *, dtype: str | None) -> PlanRecord:
         """The plan record that this file pins."""
         members = [
-            Member(signature="", **item.model_dump() | {"uri": item_uri(item)})
+            Member(signature="", **item.model_dump() | {"uri": _uri_now(item)})
             for item in self.checkpoints.values()
         ]
         return PlanRecord(
@@ -92,7 +92,7 @@ class WindowFile(BaseModel):
         (folder / WINDOW_FILE).write_text(text)
 
 
-def item_uri(item: PinnedCheckpoint | Member) -> str:
+def _uri_now(item: PinnedCheckpoint) -> str:
     """Where the checkpoint lies now: ``CKPTFUSE_BUCKET`` stands in for a bucket that moved."""
     bucket = os.environ.get("CKPTFUSE_BUCKET")
     return f"{bucket.rstrip('/')}/{item.name}" if bucket else item.uri

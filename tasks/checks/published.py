@@ -46,9 +46,7 @@ def _all_there(name: str, wanted: Mapping[str, str], find: Callable[[], Collecti
 
 def _tags(service: Service) -> list[str]:
     ledger = ledger_of(service)
-    if not (ledger.folder / ".git").exists():
-        return []
-    return ledger.git("tag", "--list").split()
+    return ledger.git("tag", "--list").split() if ledger.is_there else []
 
 
 def _registered(service: Service) -> set[str]:
