@@ -24,23 +24,24 @@ FORMATS = ((SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX))
 #: The file that ends a distributed checkpoint, at the top or one folder below (OLMo-core).
 METADATA = ".metadata"
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = frozenset(
     [
+        TOKENIZER_CONFIG,
         "tokenizer.json",
-        "tokenizer_config.json",
         "special_tokens_map.json",
         "added_tokens.json",
         "vocab.json",
         "vocab.txt",
         "merges.txt",
-        "tokenizer.model",
-        "spiece.model",
+        "tekken.json",
         "chat_template.jinja",
         "chat_template.json",
     ]
 )
-#: Small files of names that transformers knows.
-ANCILLARY_FILES = frozenset({CONFIG, "generation_config.json"}) | TOKENIZER_FILES
+#: Vocabularies whose names differ from one tokenizer to the next (SentencePiece, tiktoken).
+VOCABULARIES = (".model", ".tiktoken")
 #: Keys of config.json that may differ between checkpoints of one architecture.
 VOLATILE_CONFIG = frozenset(
     ["_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype"]
@@ -143,7 +144,16 @@ def is_identity(path: str) -> bool:
 
 def is_ancillary(path: str) -> bool:
     """Whether a small file belongs to the model and travels with a fusion."""
-    return path in ANCILLARY_FILES or is_code(path)
+    return path in (CONFIG, GENERATION_CONFIG) or is_tokenizer(path) or is_code(path)
+
+
+def read_ancillary(store: Store) -> dict[str, bytes]:
+    """The configuration, tokenizer and code of the model in this folder: path -> content."""
+    return {e.path: store.read(e.path) for e in store.list("") if is_ancillary(e.path)}
+
+
+def is_tokenizer(path: str) -> bool:
+    return path in TOKENIZER_FILES or (path.endswith(VOCABULARIES) and "/" not in path)
 
 
 def is_code(path: str) -> bool:

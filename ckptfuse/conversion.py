@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from ckptfuse.checkpoints import CONFIG, is_ancillary
+from ckptfuse.checkpoints import CONFIG, read_ancillary
 from ckptfuse.digests import content_digest, digest
 from ckptfuse.errors import ConfigurationError, DamagedCheckpoint, MissingFile
 from ckptfuse.imports import load_function
@@ -55,14 +55,9 @@ def identity(converter: str | None, folder: str | None) -> str | None:
 
 def made_by(converter: str | None, folder: str) -> str:
     """What a converted merge's bytes depend on: the converter's name, and all that lies beside."""
-    files = [[path, content_digest(data)] for path, data in sorted(companions(folder).items())]
+    beside = read_ancillary(open_store(folder))
+    files = [[path, content_digest(data)] for path, data in sorted(beside.items())]
     return f"{converter or ''}@{digest(files)}"
-
-
-def companions(folder: str) -> dict[str, bytes]:
-    """The Hugging Face folder's configuration, tokenizer and code: path -> content."""
-    store = open_store(folder)
-    return {e.path: store.read(e.path) for e in store.list("") if is_ancillary(e.path)}
 
 
 def convert(

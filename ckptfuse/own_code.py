@@ -3,12 +3,13 @@
 transformers reads them from a folder, and runs them only where the caller trusts them.
 """
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckptfuse.checkpoints import is_code
+from ckptfuse.checkpoints import CONFIG, TOKENIZER_CONFIG, is_code
 from ckptfuse.digests import content_digest, digest
 from ckptfuse.store import Store
 
@@ -16,6 +17,22 @@ from ckptfuse.store import Store
 def read_code(store: Store) -> dict[str, bytes]:
     """The Python files of the model in this folder: path -> content."""
     return {e.path: store.read(e.path) for e in store.list("") if is_code(e.path)}
+
+
+def tokenizer_class(files: Mapping[str, bytes]) -> str | None:
+    """The class of a tokenizer that is Python beside it, as ``module.Class``; None for the others.
+
+    ``files``: path -> content, of the folder in which it lies.
+    """
+    for path in (TOKENIZER_CONFIG, CONFIG):
+        named = json.loads(files.get(path, b"{}")).get("auto_map", {})
+        if isinstance(named, Mapping):
+            named = named.get("AutoTokenizer", ())
+        # One name, or a pair: the slow one and the fast one, of which either may be null.
+        classes = [named] if isinstance(named, str) else [name for name in named or () if name]
+        if classes:
+            return str(classes[0])
+    return None
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptfuse.checkpoints import TOKENIZER_FILES, is_ancillary
+from ckptfuse.checkpoints import is_code, is_tokenizer, read_ancillary
 from ckptfuse.digests import content_digest, digest
 from ckptfuse.errors import CorpusError
-from ckptfuse.own_code import offered, reason_of
+from ckptfuse.own_code import offered, reason_of, tokenizer_class
 from ckptfuse.store import Store
 
 
@@ -23,11 +23,17 @@ class Tokenizer:
 
 
 def tokenizer_files_digest(store: Store) -> str | None:
-    """Digest of the tokenizer files in a folder; None when there are none. Small reads only."""
-    contents = []
-    for entry in store.list(""):
-        if entry.path in TOKENIZER_FILES:
-            contents.append([entry.path, entry.size, content_digest(store.read(entry.path))])
+    """Digest of the tokenizer files in a folder; None when there are none. Small reads only.
+
+    Python beside them is one of them where the tokenizer is a class of its own.
+    """
+    files = read_ancillary(store)
+    has_code = tokenizer_class(files) is not None
+    contents = [
+        [path, len(data), content_digest(data)]
+        for path, data in files.items()
+        if is_tokenizer(path) or (has_code and is_code(path))
+    ]
     return digest(contents) if contents else None
 
 
@@ -46,8 +52,7 @@ def load_tokenizer(store: Store, *, trust_remote_code: bool = False) -> Tokenize
             "to a folder that has them"
         )
     transformers_logging.set_verbosity_error()  # "sequence longer than ...": we cut it ourselves
-    files = {e.path: store.read(e.path) for e in store.list("") if is_ancillary(e.path)}
-    with offered(files) as folder:
+    with offered(read_ancillary(store)) as folder:
         try:
             # Said, not left out: transformers would ask on the terminal.
             tokenizer = AutoTokenizer.from_pretrained(

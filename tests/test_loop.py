@@ -144,26 +144,6 @@ def test_the_ledger_keeps_what_was_drawn_and_it_is_the_services_corpus(
         assert 0 < len(kept) <= sources[name]["distinct"]
 
 
-def test_a_model_with_code_of_its_own_is_packaged_without_a_question(
-    finished: Project, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from tasks.packaging import package
-
-    source = max(finished.workspace.joinpath("models").iterdir(), key=lambda p: p.stat().st_mtime)
-    model = tmp_path / "model"
-    shutil.copytree(source, model)
-    about = json.loads((model / "config.json").read_text())
-    about |= {"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.OwnConfig"}}
-    (model / "config.json").write_text(json.dumps(about))
-    (model / "modeling_own.py").write_text("raise RuntimeError('it was run')\n")
-    package(model, tmp_path / "packaged")
-    assert "[y/N]" not in capfd.readouterr().out
-    packaged = tmp_path / "packaged" / "model"
-    for name in ("config.json", "modeling_own.py"):
-        assert (packaged / name).read_bytes() == (model / name).read_bytes()
-    assert json.loads((model / "config.json").read_text()) == about
-
-
 def test_the_weights_of_a_fusion_take_their_disk_blocks_once(finished: Project) -> None:
     """In models/, MLflow's artifacts and DVC's cache together: hard links of one file."""
     folders = [finished.workspace / f for f in ("models", "mlartifacts", "ledger/.dvc/cache")]

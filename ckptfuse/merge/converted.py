@@ -10,15 +10,15 @@ from pathlib import Path
 from huggingface_hub import save_torch_state_dict
 from torch import contiguous_format
 
-from ckptfuse.checkpoints import CONFIG, Contents
-from ckptfuse.conversion import companions, convert
+from ckptfuse.checkpoints import CONFIG, Contents, read_ancillary
+from ckptfuse.conversion import convert
 from ckptfuse.digests import LEAF_SIZE, TreeHasher
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.merge.companions import with_dtype, write_small
 from ckptfuse.merge.folder import appear, unfinished_folder
 from ckptfuse.merge.inputs import Inputs
 from ckptfuse.merge.memory import merge_to_memory
-from ckptfuse.store import FolderStore, remove_folder
+from ckptfuse.store import FolderStore, open_store, remove_folder
 
 
 def write_converted(
@@ -41,7 +41,7 @@ def write_converted(
     }
     save_torch_state_dict(whole, place.root, max_shard_size="5GB")
     contents = {path.name: _settle(path) for path in sorted(place.root.iterdir())}
-    small = companions(model)
+    small = read_ancillary(open_store(model))
     dtypes = [values.dtype for values in whole.values() if values.is_floating_point()]
     small[CONFIG] = with_dtype(small[CONFIG], str(dtypes[0]).removeprefix("torch."))
     contents = write_small(small, spec, place, contents)

@@ -18,14 +18,12 @@ from transformers import (
 )
 
 from ckptfuse.checkpoints import longest_context, open_checkpoint
-from ckptfuse.errors import CkptfuseError, CorpusError
+from ckptfuse.errors import CkptfuseError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.merge.once import merge_once
 from ckptfuse.modeling import build_model
 from ckptfuse.perplexity import score_blocks
 from ckptfuse.protocol import Numerics
-from ckptfuse.store import FolderStore
-from ckptfuse.tokenizing import load_tokenizer
 from tests.helpers import blocks_of_lengths
 
 FLOAT32 = Numerics(dtype="float32", attention="sdpa", device_class="cpu")
@@ -132,13 +130,6 @@ def test_a_models_own_code_is_part_of_it_and_travels_with_a_merge(
     before = fingerprint_of(open_checkpoint(str(own[0])))
     (own[0] / "modeling_own.py").write_text(OWN_CODE + "# changed\n")
     assert fingerprint_of(open_checkpoint(str(own[0]))) != before
-
-
-def test_a_tokenizers_own_code_is_not_run_unasked(own: list[Path]) -> None:
-    asked = {"auto_map": {"AutoTokenizer": ["modeling_own.OwnTokenizer", None]}}
-    (own[0] / "tokenizer_config.json").write_text(json.dumps(asked))
-    with pytest.raises(CorpusError, match="trust_remote_code"):
-        load_tokenizer(FolderStore(own[0]))
 
 
 @pytest.mark.parametrize(
