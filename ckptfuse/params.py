@@ -382,6 +382,9 @@ def _anchor(params: Params, folder: Path) -> Params:
         for name, domain in params.corpus.domains.items()
     }
     corpus = {"domains": domains, "tokenizer": absolute(params.corpus.tokenizer)}
+    remote = params.ledger.remote
+    if remote is not None and ":" not in remote.partition("/")[0]:  # not git@host:path either
+        remote = absolute(remote)
     return params.model_copy(
         update={
             "corpus": params.corpus.model_copy(update=corpus),
@@ -391,7 +394,7 @@ def _anchor(params: Params, folder: Path) -> Params:
                 update={"artifact_root": absolute(params.mlflow.artifact_root)}
             ),
             "ledger": params.ledger.model_copy(
-                update={"dvc_remote": absolute(params.ledger.dvc_remote)}
+                update={"remote": remote, "dvc_remote": absolute(params.ledger.dvc_remote)}
             ),
             "workspace": absolute(params.workspace),
         }

@@ -121,7 +121,7 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
         return Actions(publish=publish, skip=overtaken, fuse=tuple(waiting), notes=notes, due=due)
     newest = waiting[-1]
     superseded = tuple(
-        Skip(item.key, item.window.step, f"superseded by step {newest.window.step}")
+        Skip(item.key, item.window.step, f"superseded by {newest.window.newest.name}")
         for item in waiting[:-1]
     )
     skip = (*overtaken, *superseded)

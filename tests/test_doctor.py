@@ -25,6 +25,8 @@ from tasks.checks.ledger import ledger
 from tasks.checks.prefect import prefect
 from tasks.checks.registry import registry
 from tasks.deployments import GPUS
+from tasks.ledger import Ledger
+from tasks.version import ledger_of
 from tests.conftest import BINARIES, Project, Trajectory, make_project
 from tests.helpers import write_checkpoint
 
@@ -193,6 +195,41 @@ def test_remotes_of_git_and_dvc_are_tried_and_left_as_they_were(
     assert f"{store}: a file was written, read and deleted" in found[-1].said
     assert list(store.iterdir()) == []
     assert not run(remote, "git", "for-each-ref")
+
+
+def git_remote(project: Project) -> Check:
+    (check,) = [c for c in ledger(service_of(project)) if c.name == "Git remote"]
+    return check
+
+
+def test_a_git_remote_that_would_refuse_the_ledger_is_told(
+    project: Project, tmp_path: Path
+) -> None:
+    remote = tmp_path / "project" / "remote.git"
+    run(tmp_path, "git", "init", "--quiet", "--bare", "--initial-branch=main", remote)
+    change(project, ledger={"remote": "remote.git"})  # beside params.yaml
+    own = ledger_of(service_of(project))
+    own.prepare(None)
+    assert git_remote(project).state == "ok"
+    other = Ledger(tmp_path / "other")
+    other.prepare(None)
+    other.git("commit", "--quiet", "--allow-empty", "--message", "another's")
+    other.git("push", "--quiet", str(remote), "main")
+    there = run(remote, "git", "for-each-ref")
+    refused = git_remote(project)
+    assert refused.state == "failed"
+    assert "[rejected]" in refused.said
+    assert "ledger.remote of its own" in str(refused.mend)
+    assert run(remote, "git", "for-each-ref") == there
+
+
+@pytest.mark.parametrize("remote", ["missing.git", "git@localhost.invalid:run.git"])
+def test_a_git_remote_that_is_not_there_is_told(project: Project, remote: str) -> None:
+    change(project, ledger={"remote": remote})
+    check = git_remote(project)
+    assert check.state == "failed"
+    assert remote in check.said
+    assert "correct ledger.remote" in str(check.mend)
 
 
 # -- the exporter --------------------------------------------------------------------------------

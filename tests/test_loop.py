@@ -230,7 +230,7 @@ def test_status_and_report_show_what_the_records_say(finished: Project) -> None:
     assert "champion" in shown
     assert "skipped" in shown
     page = Path(finished.cli("report").stdout.strip()).read_text()
-    assert "superseded by step 720" in page
+    assert "superseded by checkpoint-720" in page
     assert page.count("<svg") == 5
     assert "noise energy" in shown
     (corpus,) = finished.records("corpus").values()

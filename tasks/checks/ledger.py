@@ -5,8 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from packaging.version import Version
 
@@ -14,6 +17,8 @@ from ckptfuse.checks import Check, failed, ok, warning
 from ckptfuse.checks.check import carried_out
 from ckptfuse.service import Service
 from ckptfuse.store import open_store
+from tasks.ledger import Ledger
+from tasks.version import ledger_of
 
 GIT, DVC, GIT_REMOTE, DVC_REMOTE = "Git", "DVC", "Git remote", "DVC remote"
 #: git init --initial-branch
@@ -22,11 +27,10 @@ _TIMEOUT = 30.0
 
 
 def ledger(service: Service) -> Iterator[Check]:
-    params = service.params.ledger
     yield _git()
-    yield _git_remote(params.remote)
+    yield _git_remote(service)
     yield _dvc()
-    yield _dvc_remote(params.dvc_remote)
+    yield _dvc_remote(service.params.ledger.dvc_remote)
 
 
 def _git() -> Check:
@@ -39,21 +43,39 @@ def _git() -> Check:
     return ok(GIT, said)
 
 
-def _git_remote(remote: str | None) -> Check:
+def _git_remote(service: Service) -> Check:
+    """A push as the ledger does it, which the remote answers and which changes nothing there."""
+    remote = service.params.ledger.remote
     if remote is None:
         return ok(GIT_REMOTE, "none is set (ledger.remote): commits and tags stay in the workspace")
     try:
-        done = _run(["git", "ls-remote", "--heads", "--", remote])
+        with _to_push(ledger_of(service)) as (repository, pushed):
+            push = ["push", "--dry-run", "--quiet", "--", remote, pushed]
+            done = _run(["git", "-C", str(repository), "-c", "core.hooksPath=/dev/null", *push])
     except subprocess.TimeoutExpired:
         said = f"{remote} did not answer in {_TIMEOUT:.0f} s"
         return failed(GIT_REMOTE, said, "correct ledger.remote, or let this machine reach it")
-    if done.returncode != 0:
-        return failed(
-            GIT_REMOTE,
-            f"{remote}: {done.stderr.strip()}",
-            "correct ledger.remote, or give this user a key or a credential helper for it",
-        )
-    return ok(GIT_REMOTE, f"{remote} was read; that it may be written is seen at the first push")
+    if done.returncode == 0:
+        return ok(GIT_REMOTE, f"{remote} would take a push; its hooks and rules are not asked")
+    said = f"{remote}: {done.stderr.strip()}"
+    if "[rejected]" in done.stderr:
+        mend = "another workspace has pushed there: give this one a ledger.remote of its own"
+        return failed(GIT_REMOTE, said, mend)
+    mend = "correct ledger.remote, or give this user a key or a credential helper that may push"
+    return failed(GIT_REMOTE, said, mend)
+
+
+@contextmanager
+def _to_push(ledger: Ledger) -> Iterator[tuple[Path, str]]:
+    """The ledger and its branch; where there is none yet, an empty commit under a name of ours."""
+    if ledger.is_there:
+        yield ledger.folder, "main"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Ledger(Path(folder))
+        probe.git("init", "--quiet", "--initial-branch=main")
+        probe.git("commit", "--quiet", "--allow-empty", "--message", "probe")
+        yield probe.folder, f"main:refs/heads/ckptfuse-doctor-{uuid.uuid4().hex}"
 
 
 def _dvc() -> Check:

@@ -95,7 +95,7 @@ def service(tmp_path: Path) -> Service:
     science, corpus = service.params.scientific_digest(), service.scorer.corpus_digest()
     skipped = window_key(second, science, corpus)
     service.records.put(
-        skipped, SkipRecord(window=skipped, step=200, reason="superseded by step 300")
+        skipped, SkipRecord(window=skipped, step=200, reason="superseded by checkpoint-300")
     )
     decided = plan_record(300, [member(s, x) for s, x in ((100, 3.0), (200, 2.8), (300, 2.9))])
     service.records.put("window-300", decided)

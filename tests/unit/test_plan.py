@@ -157,8 +157,8 @@ def test_live_only_the_newest_window_is_fused_and_older_ones_are_superseded() ->
     actions = scored(100, 200, 300, 400).plan()
     assert fused(actions) == [[200, 300, 400]]
     assert [(s.step, s.reason) for s in actions.skip] == [
-        (200, "superseded by step 400"),
-        (300, "superseded by step 400"),
+        (200, "superseded by step400"),
+        (300, "superseded by step400"),
     ]
 
 
