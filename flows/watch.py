@@ -4,31 +4,37 @@ It can run any number of times, be killed anywhere and be started again; a secon
 finds the lock taken and leaves the work to the first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from prefect import flow
-from prefect.utilities.annotations import quote
 
 from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.listing import Listed, Listing
 from ckptfuse.plan import Actions, State
 from ckptfuse.records import GateRecord, SkipRecord
 from ckptfuse.service import Service, plans_of
-from ckptfuse.steps.look import load_state, look_file
+from ckptfuse.steps.look import discover, load_state, look_file, next_actions
+from ckptfuse.steps.survey import known_survey
 from flows.fuse import fuse, publish_window
 from flows.opening import open_flow
 from tasks import news
-from tasks.aliases import settle_champion
-from tasks.discover import discover, plan_actions, quarantine, skip, survey_corpus
+from tasks.aliases import is_settled, settle_champion
+from tasks.discover import quarantine, skip, survey_corpus
 from tasks.log import log
-from tasks.prune import prune
-from tasks.publish import draw_curves
+from tasks.prune import is_pruned, prune
+from tasks.publish import curves_are_drawn, draw_curves
 from tasks.score import score_checkpoints
 from tasks.showing import name_run, show_fusions
 
 _SHOWN = 4  # checkpoints that a run's name names
+
+#: What follows whatever a look did: how it is known that it was done, and how it is done.
+_AFTERWARDS: tuple[tuple[Callable[[Service], bool], Callable[[Service], None]], ...] = (
+    (is_settled, settle_champion),
+    (curves_are_drawn, draw_curves),
+    (is_pruned, prune),
+)
 
 
 @dataclass
@@ -47,6 +53,11 @@ class Summary:
     waiting: frozenset[str] = frozenset()  # windows whose publication waits for the next run
     delayed: str | None = None  # why the last of them does
 
+    @classmethod
+    def of(cls, listing: Listing) -> "Summary":
+        """Of a look that has done nothing yet."""
+        return cls(complete=len(listing.complete), incomplete=len(listing.incomplete))
+
     def delay(self, window: str, step: int, error: CkptfuseError) -> None:
         self.waiting |= {window}
         self.delayed = f"step {step}: {error}"
@@ -58,6 +69,22 @@ class Summary:
         return not any(done)
 
 
+def look(params_file: str) -> Summary:
+    """What ``watch`` does, and a flow run only where there is something to do.
+
+    A service looks every minute, for months, and finds nothing most of the time: such looks leave
+    nothing in Prefect's database, which forgets no run, and need no server.
+    """
+    service = open_flow(params_file)
+    with service.workspace.lock() as mine:
+        if not mine:
+            return _busy()
+        listing, _, actions = _begin(service, live=True, first=None, last=None)
+        if not actions and _is_all_done(service):
+            return _end(service, listing, actions, Summary.of(listing), live=True)
+    return watch(params_file)
+
+
 @flow(name="watch", flow_run_name="watch", persist_result=False)
 def watch(
     params_file: str, live: bool = True, first: int | None = None, last: int | None = None
@@ -66,41 +93,60 @@ def watch(
     service = open_flow(params_file)
     with service.workspace.lock() as mine:
         if not mine:
-            log.info("another process is at work on this workspace; nothing done")
-            return Summary(busy=True)
+            return _busy()
         return _look(service, params_file, live, first, last)
+
+
+def _busy() -> Summary:
+    log.info("another process is at work on this workspace; nothing done")
+    return Summary(busy=True)
 
 
 def _look(
     service: Service, params_file: str, live: bool, first: int | None, last: int | None
 ) -> Summary:
-    look_file(service).begin()
-    survey_corpus(service)
-    listed, state = discover(service)
-    listing = listed.between(first, last)
-    summary = Summary(complete=len(listing.complete), incomplete=len(listing.incomplete))
-    while actions := _plan(service, listing, state, live):
+    listing, state, actions = _begin(service, live=live, first=first, last=last)
+    if known_survey(service) is None:
+        survey_corpus(service)
+    summary = Summary.of(listing)
+    while actions:
         _act(service, params_file, state, actions, summary)
         state = load_state(service, summary.held, summary.waiting)
-    for note in actions.notes:
-        log.info(note)
+        actions = next_actions(service, listing, state, live=live)
     # Whatever this look did: the one before may have been killed on its way here.
-    settle_champion(service)
-    draw_curves(service)
-    prune(service)
-    look_file(service).end(held=len(summary.held), waits=summary.delayed is not None)
-    if live:
-        news.looked(service, listing)
+    for is_done, finish in _AFTERWARDS:
+        if not is_done(service):
+            finish(service)
+    _end(service, listing, actions, summary, live=live)
     if not summary.did_nothing:
         show_fusions(service)
         name_run(_outcome(summary, listing))
     return summary
 
 
-def _plan(service: Service, listing: Listing, state: State, live: bool) -> Actions:
-    # Unquoted, Prefect would look into each of thousands of checkpoints for results to wait for.
-    quoted = cast(tuple[Listing, State], (quote(listing), quote(state)))
-    return plan_actions(service, *quoted, live)
+def _begin(
+    service: Service, *, live: bool, first: int | None, last: int | None
+) -> tuple[Listing, State, Actions]:
+    look_file(service).begin()
+    listed, state = discover(service)
+    listing = listed.between(first, last)
+    return listing, state, next_actions(service, listing, state, live=live)
+
+
+def _is_all_done(service: Service) -> bool:
+    afterwards = all(is_done(service) for is_done, _ in _AFTERWARDS)
+    return afterwards and known_survey(service) is not None
+
+
+def _end(
+    service: Service, listing: Listing, left: Actions, summary: Summary, *, live: bool
+) -> Summary:
+    for note in left.notes:
+        log.info(note)
+    look_file(service).end(held=len(summary.held), waits=summary.delayed is not None)
+    if live:
+        news.looked(service, listing)
+    return summary
 
 
 def _outcome(summary: Summary, listing: Listing) -> str:

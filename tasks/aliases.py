@@ -8,7 +8,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.errors import PublicationError
-from ckptfuse.promotion import champion, promote_by_hand, rollback_by_hand, rollback_target
+from ckptfuse.promotion import (
+    champion,
+    promote_by_hand,
+    rollback_by_hand,
+    rollback_target,
+    waiting,
+)
 from ckptfuse.published import find_publication, publications
 from ckptfuse.records import (
     FusionRecord,
@@ -99,6 +105,14 @@ def tell(service: Service, step: int, version: str, promotion: PromotionRecord |
     is_champion = present is not None and present.fusion == promotion.fusion
     kind = "champion" if is_champion else "candidate"
     log.info("step %d is version %s, %s: %s", step, version, kind, promotion.reason)
+
+
+def is_settled(service: Service) -> bool:
+    """Whether every candidate is decided on, and the alias was seen where the records have it."""
+    present = champion(service)
+    if waiting(service):
+        return False
+    return present is None or is_marked(service, _MARK, str(present.number))
 
 
 @task(cache_policy=NO_CACHE)

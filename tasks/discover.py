@@ -1,37 +1,21 @@
-"""Look into the bucket and at the records: what is to be done?"""
+"""What a look sets down: the corpus as it is, checkpoints set aside, windows left out."""
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from ckptfuse.corpus.survey import near_duplicates_of
-from ckptfuse.listing import Listing
-from ckptfuse.plan import Actions, Quarantine, Skip, State
+from ckptfuse.plan import Quarantine, Skip
 from ckptfuse.service import Service
 from ckptfuse.steps import look, survey
 from tasks import news
 from tasks.log import log
-from tasks.retries import transient
-
-
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=5, retry_condition_fn=transient)
-def discover(service: Service) -> tuple[Listing, State]:
-    """List the bucket and read the records."""
-    return look.discover(service)
 
 
 @task(cache_policy=NO_CACHE)
 def survey_corpus(service: Service) -> None:
     """Look through the corpus, once, and tell of what a person may want to remove from it."""
-    record, is_new = survey.survey_corpus(service)
-    if is_new:
-        for sentence in near_duplicates_of(record):
-            log.warning("corpus, %s", sentence)
-
-
-@task(cache_policy=NO_CACHE)
-def plan_actions(service: Service, listing: Listing, state: State, live: bool) -> Actions:
-    """Compare the listing with the records."""
-    return look.next_actions(service, listing, state, live=live)
+    for sentence in near_duplicates_of(survey.survey_corpus(service)):
+        log.warning("corpus, %s", sentence)
 
 
 @task(cache_policy=NO_CACHE, task_run_name="quarantine {item.checkpoint.name}")

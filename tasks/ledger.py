@@ -31,6 +31,7 @@ from ckptfuse.score_files import export_scores
 from ckptfuse.service import Service
 from ckptfuse.store import link_tree, open_store, remove_folder
 from tasks import ledger_files
+from tasks.log import log
 from tasks.pipeline import MANIFEST, pipeline, template, weights_of
 from tasks.window_file import WindowFile
 
@@ -139,6 +140,10 @@ class Ledger:
         if self.git("ls-remote", "--heads", "--", remote, "main"):
             self.git("fetch", "--quiet", "--tags", "--", remote, "main")
             self.git("update-ref", "refs/heads/main", "FETCH_HEAD")
+            known = self.git("tag", "--list").splitlines()
+            log.warning(
+                "this workspace had no ledger: it goes on from %d fusions at %s", len(known), remote
+            )
 
     def _first_commit(self) -> None:
         remove_folder(self.folder / ".dvc")

@@ -9,6 +9,10 @@ from tasks import retention
 from tasks.log import log
 
 
+def is_pruned(service: Service) -> bool:
+    return not retention.stale_models(service) and retention.is_settled(service)
+
+
 @task(cache_policy=NO_CACHE)
 def prune(service: Service) -> None:
     """Apply the policy; a registry that is down, or a wrong name in it, waits for the next run."""

@@ -77,12 +77,14 @@ def what_curves_show(service: Service) -> str:
     return digest([sorted(service.records.keys(kind)) for kind in kinds])
 
 
+def curves_are_drawn(service: Service) -> bool:
+    return is_marked(service, CURVES, what_curves_show(service))
+
+
 @task(cache_policy=NO_CACHE)
 def draw_curves(service: Service) -> None:
     """Bring MLflow's curves up to the records; a registry that is down waits for the next run."""
     seen = what_curves_show(service)
-    if is_marked(service, CURVES, seen):
-        return  # without loading MLflow
     try:
         with registry_of(service) as registry:
             curves.draw_curves(registry)

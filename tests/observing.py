@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+
 from tests.conftest import Project
 
 
@@ -42,6 +46,16 @@ def _hashes(folder: Path) -> Iterator[tuple[str, str]]:
 
 def _tags(project: Project) -> list[str]:
     return project.git("tag").split()
+
+
+def runs_in_prefect(project: Project) -> list[FlowRun]:
+    """Those that were given the project's parameters, the newest first."""
+    with get_client(sync_client=True) as client:
+        return [
+            run
+            for run in client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC)
+            if run.parameters.get("params_file") == project.params_file
+        ]
 
 
 def _mlflow(project: Project) -> dict[str, Any]:

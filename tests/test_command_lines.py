@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -105,3 +106,16 @@ def test_prefects_redis_and_kubernetes_packages_take_theirs(
     monkeypatch.setenv("PREFECT_INTEGRATIONS_KUBERNETES_OBSERVER_NAMESPACES", "ckptfuse")
     assert RedisMessagingSettings().url == "redis://:x@redis:6379/0"
     assert KubernetesSettings().observer.namespaces == {"ckptfuse"}
+
+
+def test_prefects_servers_delete_old_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings.models.root import Settings
+
+    prefix = "PREFECT_SERVER_SERVICES_DB_VACUUM_"
+    found = [(name, value) for name, value in settings() if name.startswith(prefix)]
+    assert len(found) == 4  # compose and Kubernetes
+    for name, value in found:
+        monkeypatch.setenv(name, value)
+        vacuum = Settings().server.services.db_vacuum
+    assert "flow_runs" in vacuum.enabled_vacuum_types
+    assert vacuum.retention_period == timedelta(days=30)

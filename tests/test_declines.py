@@ -16,6 +16,7 @@ from ckptfuse.steps.look import discover, next_actions
 from flows.watch import watch
 from tests.conftest import Project, Trajectories, Trajectory, make_project
 from tests.helpers import write_checkpoint
+from tests.observing import runs_in_prefect
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -69,16 +70,11 @@ def test_prefect_shows_what_a_look_found_and_did(troubled: Project) -> None:
     """Its name tells of it in a list of hundreds; the table of fusions is an artifact."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-    from prefect.client.schemas.sorting import FlowRunSort
 
+    runs = runs_in_prefect(troubled)
+    look = next(run for run in runs if run.name.startswith("watch"))
+    chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[look.id]))
     with get_client(sync_client=True) as client:
-        runs = [
-            run
-            for run in client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC)
-            if run.parameters.get("params_file") == troubled.params_file
-        ]
-        look = next(run for run in runs if run.name.startswith("watch"))
-        chosen = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[look.id]))
         tables = client.read_artifacts(artifact_filter=chosen)
     assert look.name == "watch to step 700: 3 scored, 1 published, 3 quarantined"
     assert "fuse step 540" in {run.name for run in runs}

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from ckptfuse.corpus import read_corpus
 from ckptfuse.params import load_params
@@ -22,9 +24,11 @@ from ckptfuse.score_files import read_scores
 from ckptfuse.service import open_service
 from ckptfuse.steps.veto import hear_veto
 from ckptfuse.veto import to_arrays, veto_key
+from flows.watch import watch
 from tasks.aliases import settle_champion
 from tasks.registry import Registry
 from tests.conftest import DOMAINS, TOKENS_PER_STEP, Project, Trajectory, environment
+from tests.observing import runs_in_prefect
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -81,10 +85,21 @@ def test_each_merge_was_measured_against_what_its_rule_had_predicted(finished: P
 
 def test_watching_again_does_nothing_and_says_so(finished: Project) -> None:
     before = sorted(finished.workspace.joinpath("records").rglob("*.json"))
+    runs = runs_in_prefect(finished)
     done = finished.cli("watch", "--once")
     assert "Nothing to do: 6 checkpoints" in done.stdout
     assert sorted(finished.workspace.joinpath("records").rglob("*.json")) == before
     assert len(finished.versions()) == 2
+    assert len(runs_in_prefect(finished)) == len(runs) > 0
+
+
+def test_a_scheduled_look_that_finds_nothing_is_a_run_without_tasks(finished: Project) -> None:
+    assert watch(finished.params_file).did_nothing
+    look = runs_in_prefect(finished)[0]
+    assert (look.name, look.state_name) == ("watch", "Completed")
+    with get_client(sync_client=True) as client:
+        parents = FlowRunFilter(id=FlowRunFilterId(any_=[look.id]))
+        assert client.read_task_runs(flow_run_filter=parents) == []
 
 
 def test_a_fresh_clone_elsewhere_makes_the_same_bytes_scores_and_verdict(

@@ -5,14 +5,14 @@ from ckptfuse.records import CorpusRecord
 from ckptfuse.service import Service
 
 
-def survey_corpus(service: Service) -> tuple[CorpusRecord, bool]:
-    """What the corpus's splits hold, and whether this was found only now."""
+def survey_corpus(service: Service) -> CorpusRecord:
+    """What the corpus's splits hold; looks through all of it where no record says."""
     known = known_survey(service)
     if known is not None:
-        return known, False
+        return known
     record = survey(service.scorer.corpus(), service.params.corpus)
     service.records.put(record.corpus, record)
-    return record, True
+    return record
 
 
 def known_survey(service: Service) -> CorpusRecord | None:

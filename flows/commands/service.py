@@ -5,6 +5,7 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,29 +53,29 @@ def watch(
     loaded, file = load(params)
     preflight(loaded)
     log_to_stderr()
-    stderr.print("starting (the first look takes a few seconds: Prefect's server starts)")
-    from flows.watch import watch as watch_flow
+    stderr.print("looking (where there is something to do, Prefect takes a few seconds to start)")
+    from flows.watch import look
 
     if once:
-        summary = watch_flow(file)
+        summary = look(file)
         stdout.print(sentence(summary), markup=False)
         if summary.delayed or (summary.held and summary.did_nothing):
             raise typer.Exit(1)
         return
-    _look_and_go_on(watch_flow, file, is_first=True)
+    _look_and_go_on(look, file, is_first=True)
     while True:
         time.sleep(loaded.watch.interval_seconds)
-        _look_and_go_on(watch_flow, file)
+        _look_and_go_on(look, file)
 
 
-def _look_and_go_on(watch_flow: object, file: str, *, is_first: bool = False) -> None:
+def _look_and_go_on(look: Callable[[str], "Summary"], file: str, *, is_first: bool = False) -> None:
     """One scheduled look; a failure is told, and the next look tries again.
 
     What is configured wrongly is told at once, and not by a watch that was at work: parameters or
     text that are being edited are wrong for a moment.
     """
     try:
-        summary: Summary = watch_flow(file)  # type: ignore[operator]
+        summary = look(file)
     except Exception as error:  # the watch outlives a store, a server or a disk that fails
         in_the_making = isinstance(error, CorpusError)  # a file of text may be, at this moment
         if is_first and isinstance(error, ConfigurationError) and not in_the_making:

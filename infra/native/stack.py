@@ -135,6 +135,9 @@ class Stack:
                 # Leases of the limit on GPUs outlive a restart of the server.
                 "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE":
                     "prefect.server.concurrency.lease_storage.filesystem",
+                # Without it no run is ever deleted; the second is in seconds: 30 days.
+                "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+                "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": "2592000",
             },
         )  # fmt: skip
         self.daemon("mlflow").start(

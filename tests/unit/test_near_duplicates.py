@@ -163,7 +163,7 @@ def test_an_inspection_adds_copies_and_tokens_within_the_budget(
 def test_the_service_surveys_a_corpus_once(params: CorpusParams, tmp_path: Path) -> None:
     service = make_service(tmp_path, corpus=params.model_dump())
     assert known_survey(service) is None
-    record, is_new = survey_corpus(service)
-    assert is_new
-    assert survey_corpus(service) == (record, False)
+    record = survey_corpus(service)
     assert known_survey(service) == record
+    (tmp_path / "pairs.jsonl").unlink()
+    assert survey_corpus(service) == record
