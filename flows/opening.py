@@ -5,6 +5,8 @@ import logging
 from functools import cache
 from pathlib import Path
 
+from prefect.settings import PREFECT_API_URL
+
 from ckptfuse.jobs import Here, Runner
 from ckptfuse.params import load_params
 from ckptfuse.service import Service, open_service
@@ -24,6 +26,23 @@ def open_flow(params_file: str) -> Service:
     if params.execution == "deployments":
         runner = Workers(params.trajectory, Path(params.workspace) / "cache")
     return open_service(params, ImportingAhead(runner))
+
+
+def mend_server() -> None:
+    """Start the embedded server again where it was killed.
+
+    Prefect starts it once in a process and does not look after it. It keeps its address, which what
+    Prefect has running in this process goes on using.
+    """
+    if PREFECT_API_URL.value():
+        return
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    if server.server_process is not None and server.server_process.poll() is not None:
+        log.warning("Prefect's embedded server was gone; it is started again")
+        server.running = False
+        server.start()
 
 
 @cache

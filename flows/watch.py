@@ -17,7 +17,7 @@ from ckptfuse.service import Service, plans_of
 from ckptfuse.steps.look import discover, load_state, look_file, next_actions
 from ckptfuse.steps.survey import known_survey
 from flows.fuse import fuse, publish_window
-from flows.opening import open_flow
+from flows.opening import mend_server, open_flow
 from tasks import news
 from tasks.aliases import is_settled, settle_champion
 from tasks.discover import quarantine, skip, survey_corpus
@@ -82,6 +82,7 @@ def look(params_file: str) -> Summary:
         listing, _, actions = _begin(service, live=True, first=None, last=None)
         if not actions and _is_all_done(service):
             return _end(service, listing, actions, Summary.of(listing), live=True)
+    mend_server()
     return watch(params_file)
 
 
