@@ -35,7 +35,11 @@ class S3Store:
             pages = client().get_paginator("list_objects_v2")
             self._throttle.wait(0)
             for page in pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix):
-                entries += [self._entry(item["Key"], item) for item in page.get("Contents", [])]
+                entries += [
+                    self._entry(item["Key"], item)
+                    for item in page.get("Contents", [])
+                    if not item["Key"].endswith("/")  # consoles mark folders by empty objects
+                ]
                 if page.get("IsTruncated"):
                     self._throttle.wait(0)
         return sorted(entries, key=lambda entry: entry.path)

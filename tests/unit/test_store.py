@@ -349,6 +349,17 @@ def test_more_files_than_one_page_of_a_listing_are_all_there(moto_s3: S3Server) 
     assert [entry.path for entry in store.list("")] == [f"{n:05}" for n in range(1_001)]
 
 
+def test_an_object_that_marks_a_folder_is_no_file(moto_s3: S3Server) -> None:
+    from ckptfuse.store.s3_client import client
+
+    store = open_store("s3://bucket/marked")
+    store.write("step-1/model", b"weights")
+    for key in ("marked/", "marked/step-1/", "marked/empty/"):
+        client().put_object(Bucket="bucket", Key=key, Body=b"")
+    assert [entry.path for entry in store.list()] == ["step-1/model"]
+    assert [entry.path for entry in store.child("step-1").list("")] == ["model"]
+
+
 def test_a_folder_hides_what_a_killed_writer_left(tmp_path: Path) -> None:
     (tmp_path / f"{TEMPORARY_PREFIX}of-a-killed-process").write_bytes(b"half")
     assert FolderStore(tmp_path).list("") == []
