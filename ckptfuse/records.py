@@ -166,6 +166,11 @@ class FusionRecord(Record):
     size: int
     files: dict[str, tuple[int, str]]  # path -> size, content hash
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Path -> bytes."""
+        return {path: size for path, (size, _) in self.files.items()}
+
 
 class DomainGain(BaseModel):
     """How much lower a fusion's loss is in one domain, in nats; negative where it is higher."""

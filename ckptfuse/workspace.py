@@ -41,6 +41,11 @@ class Workspace:
     def model(self, fusion: str) -> Path:
         return self.folder("models") / fusion
 
+    def held(self, fingerprint: str) -> Path | None:
+        """The copy of a checkpoint that is held; None where there is none."""
+        folder = self.root / "held" / "checkpoints" / fingerprint
+        return folder if folder.is_dir() else None
+
     @contextmanager
     def lock(self) -> Iterator[bool]:
         """Be the one writer; yields False, at once, when another process is.

@@ -23,10 +23,12 @@ from flows.opening import open_flow
 from tasks.deployments import Attempts, Piece, hand_over
 from tasks.discover import quarantine, skip
 from tasks.fuse import decide_weights, judge_fusion, merge_fusion, merge_shard, review_weights
+from tasks.ledger import tag_of
 from tasks.log import log
+from tasks.merged import bring_back
 from tasks.publish import publish
 from tasks.score import score_fusion
-from tasks.version import bring_back, commit_fusion
+from tasks.version import commit_fusion
 from tasks.workers import Handed
 
 #: Most fusions that a rule may have made of one window before it stands by its weights.
@@ -111,7 +113,7 @@ def _set_aside(service: Service, item: Fuse, error: NonFiniteValues) -> None:
 
 def publish_window(service: Service, decided: PlanRecord, verdict: GateRecord) -> PublicationRecord:
     """Everything after the verdict, in the order of publication; repeats nothing that is done."""
-    bring_back(service, decided)
+    bring_back(service, decided.fusion, tag_of(decided))
     merge_window(service, decided)
     entry = commit_fusion(service, decided, verdict)
     return publish(service, decided, verdict, entry)

@@ -69,8 +69,7 @@ def check_loadable(service: Service, registry: Registry, chosen: PublicationReco
     if retired is not None:
         raise PublicationError(f"{name} was deleted by retention: {retired.reason}")
     fusion = service.records.get(FusionRecord, chosen.fusion)
-    files = {path: size for path, (size, _) in fusion.files.items()} if fusion else {}
-    missing = registry.missing(chosen.version, files)
+    missing = registry.missing(chosen.version, fusion.sizes if fusion else {})
     if missing is not None:
         raise PublicationError(f"{name} of {chosen.model_name} would not load: {missing}")
 

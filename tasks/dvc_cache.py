@@ -10,12 +10,7 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from ckptfuse.checkpoints import Contents
-from ckptfuse.digests import file_content
 from ckptfuse.errors import PublicationError
-from ckptfuse.merge.companions import PROVENANCE
-from ckptfuse.new_folder import new_folder
-from ckptfuse.store import link_file
 from tasks.ledger import Ledger
 from tasks.pipeline import weights_of
 
@@ -50,20 +45,16 @@ class DvcCache:
         """All cache files of an output."""
         return {self.object(md5)} | {self.object(m) for m in self.files(path, md5).values()}
 
-    def restore(self, tag: str, wanted: Contents, target: Path) -> None:
-        """Link a tag's merged model from the cache into a new folder, if all of it is here."""
+    def model(self, tag: str) -> dict[str, Path]:
+        """A tag's merged model: path -> where the file is here; empty when it is not here."""
         path, md5 = weights_of(self._ledger.outputs(tag))
         if not md5.endswith(FOLDER) or not self.object(md5).is_file():
-            return
-        places = {
+            return {}
+        found = {
             file.removeprefix(f"{path}/"): self.object(content)
             for file, content in self.files(path, md5).items()
         }
-        found = {name: file_content(place) for name, place in places.items() if place.is_file()}
-        if found == wanted:
-            with new_folder(target, last=PROVENANCE) as folder:
-                for name, place in places.items():
-                    link_file(place, folder / name)
+        return found if all(place.is_file() for place in found.values()) else {}
 
     def only_of(self, tag: str, gone: Collection[str]) -> set[Path]:
         """The cache files of a tag's weights that nothing else needs.

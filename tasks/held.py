@@ -59,12 +59,6 @@ def hold(service: Service, decided: PlanRecord, tag: str) -> None:
     )
 
 
-def copy_of(service: Service, fingerprint: str) -> Path | None:
-    """The folder of a held checkpoint."""
-    place = _root(service) / _CHECKPOINTS / fingerprint
-    return place if place.is_dir() else None
-
-
 def cost(service: Service) -> Cost:
     folders = _inside(_root(service) / _CHECKPOINTS)
     sizes = [path.stat().st_size for folder in folders for path in _files(folder)]
@@ -110,7 +104,7 @@ def _named(root: Path, *tags: str) -> set[str]:
 
 
 def _copy(service: Service, member: Member) -> None:
-    if copy_of(service, member.fingerprint) is not None:
+    if service.workspace.held(member.fingerprint) is not None:
         return
     checkpoint = open_checkpoint(service.placed(member).uri)
     source = checkpoint.store()

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ckptfuse.errors import CkptfuseError, PublicationError
-from ckptfuse.records import GateRecord, PlanRecord
+from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service
 from tasks import artifacts
 from tasks.artifacts import local_folder
 from tasks.ledger import LedgerEntry
+from tasks.log import log
 from tasks.packaging import MODEL_FOLDER, library_tags, package
 from tasks.tracking import require_answer, tracking_uri
 
@@ -106,6 +107,7 @@ class Registry:
         found = self.find_version(decided.fusion)
         if found is not None:
             self._bring_up(found, tags)
+            self._complete(found, decided.fusion)
             return found
         run = self.fusion_run(decided)
         self.client.log_dict(run, decided.model_dump(mode="json"), _PLAN)
@@ -129,6 +131,14 @@ class Registry:
         for tag, value in tags.items():
             if present.get(tag) != value:
                 self.client.set_model_version_tag(self.name, version, tag, value)
+
+    def _complete(self, version: str, fusion: str) -> None:
+        """Files that somebody deleted from the artifact store."""
+        merged = self.service.records.get(FusionRecord, fusion)
+        lacking = None if merged is None else self.missing(version, merged.sizes)
+        if lacking is not None:
+            log.warning("version %s lacks files, which are stored again: %s", version, lacking)
+            self._store_files(fusion, self._location(self.version(version)))
 
     def find_version(self, fusion: str) -> str | None:
         versions = self.client.search_model_versions(
@@ -246,12 +256,16 @@ class Registry:
             )
         )
         if str(model.status) != "READY":
-            with tempfile.TemporaryDirectory(dir=self.service.workspace.folder("tmp")) as folder:
-                packaged = Path(folder, "packaged")
-                package(self.service.workspace.model(decided.fusion), packaged)
-                artifacts.store(str(model.artifact_location), packaged)
+            self._store_files(decided.fusion, str(model.artifact_location))
             self.client.finalize_logged_model(model.model_id, "READY")
         return str(model.model_id)
+
+    def _store_files(self, fusion: str, location: str) -> None:
+        """Package the merge that is in the workspace, and bring it to its place."""
+        with tempfile.TemporaryDirectory(dir=self.service.workspace.folder("tmp")) as folder:
+            packaged = Path(folder, "packaged")
+            package(self.service.workspace.model(fusion), packaged)
+            artifacts.store(location, packaged)
 
 
 def version_tags(decided: PlanRecord, verdict: GateRecord, entry: LedgerEntry) -> dict[str, str]:

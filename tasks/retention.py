@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse.digests import digest
+from ckptfuse.errors import CkptfuseError
 from ckptfuse.promotion import champion, waiting
 from ckptfuse.published import publications
 from ckptfuse.records import (
@@ -28,7 +29,9 @@ from ckptfuse.store import remove_folder
 from tasks import held
 from tasks.artifacts import local_folder
 from tasks.dvc_cache import FOLDER, DvcCache
+from tasks.log import log
 from tasks.marks import is_marked, mark
+from tasks.merged import is_kept
 from tasks.registry import Registry, registry_of
 from tasks.version import ledger_of
 
@@ -38,11 +41,15 @@ _DONE = "done"
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """Merged weights in the workspace that nobody needs there, and why."""
+    """Merged weights in the workspace that nobody needs there, and why.
+
+    ``published``: where they are kept, which is looked at before they are deleted.
+    """
 
     fusion: str
     folder: Path
     reason: str
+    published: PublicationRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ def stale_models(service: Service) -> list[Stale]:
     merged = {f: path for f, path in copies.items() if records.has(FusionRecord, f)}
     if not merged.keys() - keep:
         return []  # without reading every plan
-    published = {record.fusion for record in known}
+    published = {record.fusion: record for record in known}
     declined = {g.fusion: g for g in records.all(GateRecord).values() if g.verdict == "declined"}
     corrected = _corrected(service)
     found = []
@@ -91,7 +98,7 @@ def stale_models(service: Service) -> list[Stale]:
         if fusion in keep:
             continue
         if fusion in published:
-            found.append(Stale(fusion, folder, "published; the ledger and the registry hold it"))
+            found.append(Stale(fusion, folder, "published, and kept elsewhere", published[fusion]))
         elif fusion in declined:
             found.append(Stale(fusion, folder, f"declined: {declined[fusion].reason}"))
         elif fusion in corrected:
@@ -106,6 +113,20 @@ def _corrected(service: Service) -> set[str]:
     plans = service.records.all(PlanRecord).values()
     current = {plan.fusion for plan in plans_of(service).values()}
     return {plan.fusion for plan in plans if plan.window in judged} - current
+
+
+def _has_another(service: Service, published: PublicationRecord) -> bool:
+    """Whether ledger or registry have a copy too; tells where that is not so."""
+    try:
+        if published.fusion in service.records.keys(RetirementRecord):
+            return True  # deleted on purpose
+        if is_kept(service, published):
+            return True
+        why = f"neither ledger nor registry has all files of version {published.version}"
+    except CkptfuseError as error:
+        why = str(error)
+    log.warning("the workspace's copy of %s stays: %s", published.tag, why)
+    return False
 
 
 # -- published fusions ---------------------------------------------------------------------------
@@ -128,6 +149,8 @@ def outlook(service: Service) -> Outlook:
 def prune_copies(service: Service) -> Iterator[Deleted]:
     """Delete the workspace's copies that nobody needs there, one after the other."""
     for item in stale_models(service):
+        if item.published is not None and not _has_another(service, item.published):
+            continue
         freed = freed_bytes(_files(item.folder))
         record = PruneRecord(fusion=item.fusion, folder=str(item.folder), reason=item.reason)
         service.records.put(item.fusion, record)

@@ -19,9 +19,10 @@ from ckptfuse.errors import ChangedCheckpoint, MissingFile
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.params import load_params
 from ckptfuse.published import find_publication
-from ckptfuse.records import PlanRecord, PublicationRecord
+from ckptfuse.records import GateRecord, PlanRecord, PublicationRecord
 from ckptfuse.service import Service, open_service, plans_of
 from flows.cli import app
+from flows.fuse import publish_window
 from flows.watch import watch
 from tasks import held, stages
 from tasks.chain import Link, verify
@@ -150,10 +151,28 @@ def test_the_same_bytes_are_made_from_the_held_checkpoints_alone(
     assert (tmp_path / "model" / weights.name).read_bytes() == weights.read_bytes()
 
 
+def test_a_fusion_is_published_again_from_the_held_checkpoints(
+    project: Project, bucket: Path, moved: str
+) -> None:
+    before = published(project)
+    shutil.copytree(bucket / "checkpoint-660", bucket / moved)  # written over
+    shutil.rmtree(project.workspace / "models")
+    (weights,) = (project.workspace / "mlartifacts").rglob("*.safetensors")
+    made = weights.read_bytes()
+    weights.unlink()
+    shutil.rmtree(project.workspace / "records" / "publication")
+    verdict = next(g for g in opened(project).records.all(GateRecord).values() if g.step == 720)
+    publish_window(opened(project), plans_of(opened(project))[verdict.window], verdict)
+    assert published(project) == before
+    (weights,) = (project.workspace / "mlartifacts").rglob("*.safetensors")
+    assert weights.read_bytes() == made
+    assert links(project)["version -> fusion.json"].state == "holds"
+
+
 def test_what_holding_costs_is_told_and_let_go_with_the_fusion(project: Project) -> None:
     service, tag, decided = opened(project), published(project).tag, plan(project)
     cost = held.cost(service)
-    kept = [held.copy_of(service, member.fingerprint) for member in decided.members]
+    kept = [service.workspace.held(member.fingerprint) for member in decided.members]
     assert cost.checkpoints == len(kept) > 3
     for member, folder in zip(decided.members, kept, strict=True):
         assert fingerprint_of(open_checkpoint(str(folder))) == member.fingerprint

@@ -19,11 +19,9 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from ckptfuse.corpus import read_corpus
 from ckptfuse.params import load_params
-from ckptfuse.records import PromotionRecord, VetoRecord
+from ckptfuse.records import PromotionRecord
 from ckptfuse.score_files import read_scores
 from ckptfuse.service import open_service
-from ckptfuse.steps.veto import hear_veto
-from ckptfuse.veto import to_arrays, veto_key
 from flows.watch import watch
 from tasks.aliases import settle_champion
 from tasks.registry import Registry
@@ -283,13 +281,12 @@ def test_a_candidate_becomes_champion_in_mlflow_once_its_veto_was_heard(
     first, second = sorted(service.records.all(PromotionRecord).values(), key=lambda p: p.number)
     (project.workspace / "records" / "promotion" / f"{second.fusion}.json").unlink()
     Registry(service).set_alias("champion", "1")
-    known = VetoRecord(model=first.fusion, command=list(command), items=1, correct=1)
-    key = veto_key(first.fusion, command)  # its weights are no longer in the workspace
-    service.records.put(key, known, to_arrays({"one": True}))
+    assert not service.workspace.model(first.fusion).exists()
 
     settle_champion.fn(service)
     assert project.aliases() == {"candidate": "2", "champion": "1"}
-    assert [record.model for record in hear_veto(service)] == [second.fusion]
+    heard = [f"fusion {one.fusion[:12]}: 1 of 1 items correct" for one in (first, second)]
+    assert project.cli("veto").stdout.splitlines() == heard
     settle_champion.fn(service)
     assert project.aliases() == {"candidate": "2", "champion": "2"}
     decided = service.records.get(PromotionRecord, second.fusion)

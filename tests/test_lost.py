@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ckptfuse.digests import file_content
 from ckptfuse.overview import overview
 from ckptfuse.params import load_params
 from ckptfuse.published import publications
+from ckptfuse.records import FusionRecord
 from ckptfuse.service import Service, open_service
 from flows.watch import watch
 from infra.native.postgres import free_port
+from tasks import retention
 from tasks.chain import verify
-from tasks.checks.published import TAGS, VERSIONS, published
+from tasks.checks.published import CHAMPION, TAGS, VERSIONS, published
 from tasks.dvc_cache import DvcCache
+from tasks.merged import bring_back
+from tasks.pipeline import weights_of
 from tasks.version import ledger_of
 from tests.conftest import Project, Trajectory, make_project
 from tests.relocating import copy_of
@@ -64,7 +69,7 @@ def test_versions_that_mlflow_lost_are_missed_and_registered_again(project: Proj
     assert f"warning  versions in MLflow: 2 of 2 are gone, last of them {before[0].tag}" in said
     assert not (project.workspace / "mlflow.db").exists(), "the doctor makes nothing"
     publish_again(project)
-    assert seen(project) == {TAGS: "ok", VERSIONS: "ok"}
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
     after = publications(opened(project))
     assert [record.fusion for record in after] == [record.fusion for record in before]
     assert project.aliases() == {"candidate": "2", "champion": "2"}
@@ -73,12 +78,77 @@ def test_versions_that_mlflow_lost_are_missed_and_registered_again(project: Proj
 
 def test_a_ledger_that_was_lost_is_missed_and_written_again(project: Project) -> None:
     shutil.rmtree(project.workspace / "ledger")
-    assert seen(project) == {TAGS: "warning", VERSIONS: "ok"}
+    assert seen(project) == {TAGS: "warning", VERSIONS: "ok", CHAMPION: "ok"}
     versions = project.versions()
     publish_again(project)
-    assert seen(project) == {TAGS: "ok", VERSIONS: "ok"}
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
     assert project.versions() == versions, "none was registered twice"
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+def test_a_version_that_lost_its_weights_gets_them_again(project: Project) -> None:
+    for weights in (project.workspace / "mlartifacts").rglob("*.safetensors"):
+        weights.unlink()
+    said = project.cli("doctor", status=1).stdout
+    assert "failed   files of the champion: version 2 (step-720-" in said
+    assert "model.safetensors is not there at its" in said
+    publish_again(project)
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
+    assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+def test_weights_come_back_from_the_ledger_or_else_the_registry_or_not_at_all(
+    project: Project,
+) -> None:
+    service = opened(project)
+    first, _ = publications(service)
+    copy = service.workspace.model(first.fusion)
+    objects = DvcCache(ledger_of(service)).objects(
+        *weights_of(ledger_of(service).outputs(first.tag))
+    )
+    (packaged,) = (
+        path
+        for path in (project.workspace / "mlartifacts").rglob("model.safetensors")
+        if path.samefile(DvcCache(ledger_of(service)).model(first.tag)[path.name])
+    )
+
+    def comes_back() -> bool:
+        shutil.rmtree(copy, ignore_errors=True)
+        bring_back(service, first.fusion, first.tag)
+        return copy.is_dir()
+
+    assert comes_back()
+    for path in objects:
+        path.unlink()
+    assert comes_back()
+    made = {path.name: file_content(path) for path in copy.iterdir()}
+    merged = service.records.get(FusionRecord, first.fusion)
+    assert merged is not None
+    assert made == merged.files
+    data = packaged.read_bytes()
+    packaged.unlink()
+    packaged.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert not comes_back(), "other bytes"
+
+
+def test_the_last_copy_of_a_published_fusion_is_not_deleted(
+    project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = opened(project)
+    first, second = publications(service)
+    bring_back(service, first.fusion, first.tag)
+    kept = DvcCache(ledger_of(service)).model(first.tag)["model.safetensors"]
+    aside = kept.rename(kept.with_suffix(".aside"))
+    away = (project.workspace / "mlartifacts").rename(project.workspace / "away")
+    assert list(retention.prune_copies(service)) == []
+    assert f"the workspace's copy of {first.tag} stays" in caplog.text
+    assert {path.name for path in (project.workspace / "models").iterdir()} == {
+        first.fusion, second.fusion,
+    }  # fmt: skip
+    aside.rename(kept)
+    (gone,) = retention.prune_copies(service)
+    assert gone.reason == "published, and kept elsewhere"
+    away.rename(project.workspace / "mlartifacts")
 
 
 def test_a_bucket_may_move_and_a_gate_may_change_and_the_chain_holds(

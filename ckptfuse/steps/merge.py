@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptfuse.checkpoints import Checkpoint, Contents, open_checkpoint
+from ckptfuse.errors import ChangedCheckpoint, MissingFile
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.merge import folder as merging
 from ckptfuse.merge.inputs import Inputs, open_inputs
-from ckptfuse.records import FusionRecord, PlanRecord
+from ckptfuse.records import FusionRecord, Member, PlanRecord
 from ckptfuse.service import Service
 from ckptfuse.steps.weigh import spec_of
 from ckptfuse.store import FolderStore, remove_folder
@@ -70,7 +71,18 @@ def _spec_and_members(
         service.placed(m) for m in decided.members if m.weight or m is newest
     ]
     spec = spec_of(service, needed, [m.weight for m in needed])
-    return spec, [open_checkpoint(m.uri, m.signature) for m in needed]
+    return spec, [_open_member(service, m) for m in needed]
+
+
+def _open_member(service: Service, member: Member) -> Checkpoint:
+    """Where it lies or, when its trainer has deleted it or written over it, the copy held of it."""
+    try:
+        return open_checkpoint(member.uri, member.signature)
+    except (MissingFile, ChangedCheckpoint):
+        copy = service.workspace.held(member.fingerprint)
+        if copy is None:
+            raise
+        return open_checkpoint(str(copy))
 
 
 def _open(spec: FusionSpec, members: Sequence[Checkpoint]) -> Inputs:

@@ -15,9 +15,7 @@ def hear_veto(service: Service) -> list[VetoRecord]:
     Under a lock of its own: watching goes on meanwhile. What is asked is recorded at once, so a
     run that was killed goes on where it was. Raises CkptfuseError while another one is at work.
     """
-    command = service.params.promotion.veto.command
-    left, present = waiting(service), champion(service)
-    if not (command and left and present):
+    if not unheard(service):
         return []
     lock = FileLock(service.workspace.folder("locks") / "veto.lock")
     try:
@@ -25,24 +23,31 @@ def hear_veto(service: Service) -> list[VetoRecord]:
     except Timeout as error:
         raise CkptfuseError("another `ckptfuse veto` is at work on this workspace") from error
     try:
-        found = [_answers(service, model) for model in (present.fusion, left[-1].fusion)]
+        return [_answers(service, model) for model in unheard(service)]
     finally:
         lock.release()
-    return [record for record in found if record is not None]
 
 
-def _answers(service: Service, model: str) -> VetoRecord | None:
-    """The model's answers, if they had to be asked for."""
+def unheard(service: Service) -> list[str]:
+    """Fusions whose answers lack: of the newest that waits, and of the champion."""
+    command = service.params.promotion.veto.command
+    left, present = waiting(service), champion(service)
+    if not (command and left and present):
+        return []
+    models = (present.fusion, left[-1].fusion)
+    return [m for m in models if not service.records.has(VetoRecord, veto_key(m, command))]
+
+
+def _answers(service: Service, model: str) -> VetoRecord:
+    """Asks for the model's answers, and records them."""
     command = service.params.promotion.veto.command
     key = veto_key(model, command)
-    if service.records.has(VetoRecord, key):
-        return None
     merged = service.weights_of(model)
     if merged is None:
         place = service.workspace.model(model)
         raise CkptfuseError(
-            f"the weights of fusion {model[:12]} are no longer in the workspace, so the veto "
-            f"cannot be heard; put what the ledger has at its tag as model/ back to {place}"
+            f"the weights of fusion {model[:12]} are in neither workspace, ledger nor registry, so "
+            f"the veto cannot be heard; put its model, byte for byte, to {place}"
         )
     answers = ask(command, merged)
     record = VetoRecord(

@@ -161,10 +161,16 @@ def veto(params: ParamsOption = None) -> None:
     loaded, _ = load(params)
     if not loaded.promotion.veto.command:
         raise ConfigurationError("promotion.veto.command is empty in params.yaml: there is no veto")
+    log_to_stderr()
+    from ckptfuse.published import find_publication
     from ckptfuse.service import open_service
-    from ckptfuse.steps.veto import hear_veto
+    from ckptfuse.steps.veto import hear_veto, unheard
+    from tasks.merged import bring_back
 
-    heard = hear_veto(open_service(loaded))
+    service = open_service(loaded)
+    for fusion in unheard(service):  # of a champion that was before, the workspace has no copy
+        bring_back(service, fusion, find_publication(service, fusion).tag)
+    heard = hear_veto(service)
     for record in heard:
         share = f"{record.correct} of {record.items} items correct"
         stdout.print(f"fusion {record.model[:12]}: {share}", markup=False)

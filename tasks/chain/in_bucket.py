@@ -8,7 +8,6 @@ from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.records import Member
 from ckptfuse.service import Service
 from ckptfuse.store import is_s3
-from tasks import held
 from tasks.chain.evidence import Broken, Gone
 
 
@@ -27,7 +26,7 @@ def source_fits(service: Service, member: Member) -> str:
         else f"{uri} has fingerprint {found[:16]}, merged was {member.fingerprint[:16]}: it was "
         "written again since"
     )
-    copy = held.copy_of(service, member.fingerprint)
+    copy = service.workspace.held(member.fingerprint)
     if copy is not None:
         kept = _fingerprint(str(copy))
         if kept != member.fingerprint:

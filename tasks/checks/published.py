@@ -5,15 +5,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from ckptfuse.checks import Check, failed, ok, warning
+from ckptfuse.checks.check import carried_out
 from ckptfuse.errors import CkptfuseError
-from ckptfuse.published import publications
-from ckptfuse.records import RetirementRecord
+from ckptfuse.promotion import champion
+from ckptfuse.published import find_publication, publications
+from ckptfuse.records import PublicationRecord, RetirementRecord
 from ckptfuse.service import Service
-from tasks.registry import FUSION_TAG
+from tasks.aliases import check_loadable
+from tasks.registry import FUSION_TAG, registry_of
 from tasks.tracking import tracking_uri
 from tasks.version import ledger_of
 
 TAGS, VERSIONS = "tags of the ledger", "versions in MLflow"
+CHAMPION = "files of the champion"
 _MEND = 'docs/operations.md, "When something is lost", tells how it comes back'
 _SHOWN = 3
 
@@ -26,7 +30,19 @@ def published(service: Service, *, in_mlflow: bool) -> Iterator[Check]:
     if known:
         yield _all_there(TAGS, {r.tag: r.tag for r in known}, lambda: _tags(service))
     if kept and in_mlflow:
-        yield _all_there(VERSIONS, {r.tag: r.fusion for r in kept}, lambda: _registered(service))
+        versions = _all_there(
+            VERSIONS, {r.tag: r.fusion for r in kept}, lambda: _registered(service)
+        )
+        yield versions
+        if versions.state == "ok" and (present := champion(service)) is not None:
+            chosen = find_publication(service, present.fusion)
+            yield carried_out(CHAMPION, lambda: _loads(service, chosen), _MEND)
+
+
+def _loads(service: Service, chosen: PublicationRecord) -> Check:
+    with registry_of(service) as registry:
+        check_loadable(service, registry, chosen)
+    return ok(CHAMPION, f"version {chosen.version} ({chosen.tag}) has all of its files")
 
 
 def _all_there(name: str, wanted: Mapping[str, str], find: Callable[[], Collection[str]]) -> Check:

@@ -176,5 +176,5 @@ def test_weights_that_are_gone_are_told(service: Service) -> None:
     decided = publish(service, 300, 2.9, range(10))
     folder = service.workspace.model(decided.fusion)
     folder.rename(folder.with_name("elsewhere"))
-    with pytest.raises(CkptfuseError, match="no longer in the workspace"):
+    with pytest.raises(CkptfuseError, match="in neither workspace, ledger nor registry"):
         hear_veto(service)
