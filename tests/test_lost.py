@@ -1,5 +1,6 @@
 """What a machine or a person lost, found by the doctor and brought back by the service."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -84,6 +85,23 @@ def test_a_ledger_that_was_lost_is_missed_and_written_again(project: Project) ->
     assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
     assert project.versions() == versions, "none was registered twice"
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+def test_what_does_not_answer_is_unchecked_and_not_broken(project: Project, tmp_path: Path) -> None:
+    away = {
+        "CKPTFUSE_BUCKET": "s3://bucket/run",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    said = project.cli("verify", status=1, **away)
+    states = {line.split()[0] for line in said.stdout.splitlines() if " input " in line}
+    assert states == {"unchecked"}
+    assert "broken" not in said.stdout + said.stderr
+    assert "ckptfuse: out of reach, so unproved, is input checkpoint-" in said.stderr
+    told = json.loads(project.cli("verify", "--json", status=1, **away).stdout)
+    assert not told["holds"]
 
 
 def test_a_version_that_lost_its_weights_gets_them_again(project: Project) -> None:

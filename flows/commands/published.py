@@ -24,6 +24,8 @@ Name = Annotated[
     str | None,
     typer.Argument(metavar="STEP|VERSION|FUSION|TAG", help="v3 is a version; 3 a step or one"),
 ]
+#: States of links that do not prove the chain, and what is said of them.
+_FAULTS = {"broken": "the chain is broken at", "unchecked": "out of reach, so unproved, is"}
 Reason = Annotated[str, typer.Option(help="Why, for the record.")]
 
 
@@ -80,13 +82,14 @@ def verify(
     for link in links_of(service, name or present.fusion):  # type: ignore[union-attr]
         links.append(link)
         if not as_json:
-            stdout.print(f"{link.state:6}  {link.name}: {link.said}", markup=False)
-    broken = [link for link in links if link.state == "broken"]
+            stdout.print(f"{link.state:9}  {link.name}: {link.said}", markup=False)
+    faults = [link for link in links if link.state in _FAULTS]
     if as_json:
-        print(json.dumps({"holds": not broken, "links": [asdict(x) for x in links]}, indent=2))
-    for link in broken:
-        stderr.print(f"ckptfuse: the chain is broken at {link.name}: {link.said}", markup=False)
-    if broken:
+        print(json.dumps({"holds": not faults, "links": [asdict(x) for x in links]}, indent=2))
+    for link in faults:
+        told = _FAULTS[link.state]
+        stderr.print(f"ckptfuse: {told} {link.name}: {link.said}", markup=False)
+    if faults:
         raise typer.Exit(1)
 
 

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from ckptfuse.errors import CkptfuseError
+from ckptfuse.errors import CkptfuseError, MissingFile, StoreError
 from ckptfuse.published import find_publication
 from ckptfuse.service import Service
 from tasks.chain.evidence import Broken, Evidence, Gone
@@ -28,10 +28,14 @@ from tasks.registry import registry_of
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One link of the chain, and what was compared. ``gone``: there is nothing left to compare."""
+    """One link of the chain, and what was compared.
+
+    ``gone``: there is nothing left to compare. ``unchecked``: what it is to be compared with was
+    out of reach, which says nothing of it.
+    """
 
     name: str
-    state: Literal["holds", "broken", "gone"]
+    state: Literal["holds", "broken", "gone", "unchecked"]
     said: str
 
 
@@ -50,11 +54,26 @@ def verify(service: Service, name: str) -> Iterator[Link]:
                 yield Link(link, "holds", check())
             except Gone as error:
                 yield Link(link, "gone", str(error))
-            except (Broken, CkptfuseError) as error:
+            except Broken as error:
                 yield Link(link, "broken", str(error))
             except Exception as error:  # a damaged file can fail its reader in any way
-                said = f"cannot be compared: {type(error).__name__}: {error}"
-                yield Link(link, "broken", said)
+                said = str(error)
+                if not isinstance(error, CkptfuseError):
+                    said = f"cannot be compared: {type(error).__name__}: {error}"
+                yield Link(link, "unchecked" if _out_of_reach(error) else "broken", said)
+
+
+def _out_of_reach(error: BaseException | None) -> bool:
+    """Whether a store or a server did not answer, or not us, as whatever library tells it."""
+    from botocore.exceptions import BotoCoreError
+
+    while error is not None:
+        if isinstance(error, StoreError) and not isinstance(error, MissingFile):
+            return True
+        if isinstance(error, (ConnectionError, TimeoutError, BotoCoreError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _links(
