@@ -43,8 +43,8 @@ _CACHE = _DVC / "tmp" / "ckptfuse"
 WEIGHT_TOLERANCE = 0.02
 
 _ELSEWHERE = (
-    "`dvc pull` fetches the merged weights as they were published; CKPTFUSE_BUCKET names the place "
-    "where the checkpoints lie now"
+    "The registry has the merged weights as they were published, and `dvc pull` fetches them where "
+    "DVC has more than their hashes; CKPTFUSE_BUCKET names the place where the checkpoints lie now"
 )
 
 
