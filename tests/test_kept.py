@@ -151,11 +151,15 @@ def test_the_same_bytes_are_made_from_the_held_checkpoints_alone(
     assert (tmp_path / "model" / weights.name).read_bytes() == weights.read_bytes()
 
 
+@pytest.mark.parametrize("state", ["deleted", "half deleted", "written over"])
 def test_a_fusion_is_published_again_from_the_held_checkpoints(
-    project: Project, bucket: Path, moved: str
+    project: Project, bucket: Path, moved: str, state: str
 ) -> None:
     before = published(project)
-    shutil.copytree(bucket / "checkpoint-660", bucket / moved)  # written over
+    if state != "deleted":
+        shutil.copytree(bucket / "checkpoint-660", bucket / moved)
+    if state == "half deleted":
+        (bucket / moved / "model.safetensors").unlink()
     shutil.rmtree(project.workspace / "models")
     (weights,) = (project.workspace / "mlartifacts").rglob("*.safetensors")
     made = weights.read_bytes()

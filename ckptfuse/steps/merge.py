@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckptfuse.checkpoints import Checkpoint, Contents, open_checkpoint
-from ckptfuse.errors import ChangedCheckpoint, MissingFile
+from ckptfuse.errors import ChangedCheckpoint, IncompleteCheckpoint, StoreError
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.merge import folder as merging
 from ckptfuse.merge.inputs import Inputs, open_inputs
@@ -75,10 +75,10 @@ def _spec_and_members(
 
 
 def _open_member(service: Service, member: Member) -> Checkpoint:
-    """Where it lies or, when its trainer has deleted it or written over it, the copy held of it."""
+    """Where it lies or, where it is not (whole, or as it was) any more, the copy held of it."""
     try:
         return open_checkpoint(member.uri, member.signature)
-    except (MissingFile, ChangedCheckpoint):
+    except (StoreError, IncompleteCheckpoint, ChangedCheckpoint):
         copy = service.workspace.held(member.fingerprint)
         if copy is None:
             raise
