@@ -14,9 +14,10 @@ import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
-from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, StoreError
+from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, MissingFile, StoreError
 from ckptfuse.layouts import read_layout
 from ckptfuse.names import parse_name
 from ckptfuse.records import CheckpointRecord, QuarantineRecord
@@ -41,10 +42,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a bucket holds now: complete checkpoints as trained, and those that do not count."""
+    """What a bucket holds now, each kind as trained: what counts, and what does not.
+
+    ``unread`` are those of which the store said nothing: whole or not, nobody knows.
+    """
 
     complete: tuple[Listed, ...] = ()
     incomplete: tuple[Refused, ...] = ()
+    unread: tuple[Refused, ...] = ()
     damaged: tuple[Refused, ...] = ()
     #: Signature -> architecture, of the checkpoints whose headers were read in this look.
     architectures: Mapping[str, str] = field(default_factory=dict)
@@ -60,6 +65,7 @@ class Listing:
             self,
             complete=tuple(c for c in self.complete if inside(c)),
             incomplete=tuple(r for r in self.incomplete if inside(r.checkpoint)),
+            unread=tuple(r for r in self.unread if inside(r.checkpoint)),
             damaged=tuple(r for r in self.damaged if inside(r.checkpoint)),
         )
 
@@ -75,7 +81,7 @@ class Conventions:
 
 
 def find(bucket: Store, conventions: Conventions) -> Listing:
-    """List a bucket and sort its checkpoint folders into complete, incomplete and damaged.
+    """List a bucket and sort its checkpoint folders by whether they count, and why not.
 
     Checkpoints whose signature is in ``conventions.known`` were looked into before; their headers
     are not read again, so an unchanged bucket costs one listing.
@@ -117,6 +123,7 @@ def _sort_out(
 ) -> Listing:
     complete: list[Listed] = list(known)
     incomplete: list[Refused] = []
+    unread: list[Refused] = []
     damaged: list[Refused] = []
     architectures: dict[str, str] = {}
     for name, entries in folders.items():
@@ -131,12 +138,16 @@ def _sort_out(
             if checkpoint.signature not in conventions.known:
                 architectures[checkpoint.signature] = read_layout(checkpoint).architecture
             complete.append(checkpoint)
-        except (IncompleteCheckpoint, StoreError) as error:  # deleted meanwhile, or not readable
+        except (IncompleteCheckpoint, MissingFile) as error:  # or deleted meanwhile
             incomplete.append(Refused(checkpoint, str(error)))
+        except StoreError as error:
+            unread.append(Refused(checkpoint, str(error)))
         except DamagedCheckpoint as error:
             damaged.append(Refused(checkpoint, str(error)))
     complete.sort(key=_by_training)
-    return Listing(tuple(complete), tuple(incomplete), tuple(damaged), architectures)
+    for refused in (incomplete, unread, damaged):
+        refused.sort(key=lambda one: _by_training(one.checkpoint))
+    return Listing(tuple(complete), tuple(incomplete), tuple(unread), tuple(damaged), architectures)
 
 
 def _by_training(checkpoint: Listed) -> tuple[str, int, str]:
@@ -173,6 +184,12 @@ def _check_settled(entries: list[Entry], conventions: Conventions, *, local: boo
     if local and any(entry.modified >= newest for entry in last):
         return
     quiet = time.time() - newest
+    if -quiet > conventions.settle_seconds:
+        ahead = timedelta(seconds=round(-quiet))
+        raise IncompleteCheckpoint(
+            f"its newest file is dated {ahead} ahead of this machine's clock; counts when that is "
+            f"{conventions.settle_seconds:g} s ago (watch.settle_seconds): is a clock wrong?"
+        )
     if quiet < conventions.settle_seconds:
         raise IncompleteCheckpoint(
             f"last written {max(quiet, 0):.0f} s ago; counts after {conventions.settle_seconds:g} "

@@ -1,8 +1,9 @@
 """What the last look found and whether it came to its end, beside the records, for monitoring.
 
 One file that each look writes over (``cache/look.json``). It is no state: no look reads what
-another has found, and without it monitoring knows less and the service does the same. Nor does it
-need any server: when Prefect is down, no look begins, and the file says for how long.
+another has found but to tell what is new, and without it monitoring knows less and the service
+does the same. Nor does it need any server: when Prefect is down, no look begins, and the file says
+for how long.
 """
 
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ckptfuse.errors import MissingFile
-from ckptfuse.listing import Healthy, Listing
+from ckptfuse.listing import Healthy, Listed, Listing
 from ckptfuse.protocol import Numerics
 from ckptfuse.store import FolderStore
 
@@ -28,6 +29,19 @@ class Queued(BaseModel):
     written: float  # seconds since the epoch
 
 
+class Pending(BaseModel):
+    """A checkpoint that was left for a later look, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    signature: str
+    reason: str
+
+    @classmethod
+    def of(cls, checkpoint: Listed, reason: str) -> "Pending":
+        return cls(name=checkpoint.name, signature=checkpoint.signature, reason=reason)
+
+
 class Look(BaseModel):
     """The last look at the bucket. Times are seconds since the epoch."""
 
@@ -36,10 +50,10 @@ class Look(BaseModel):
     ended: float | None = None  # when one last came to its end
     unfinished: int = 0  # looks that have begun since
     complete: int = 0  # checkpoints in the bucket
-    incomplete: int = 0
+    incomplete: tuple[Pending, ...] = ()
     queue: tuple[Queued, ...] = ()
-    held: int = 0  # checkpoints that could not be read or scored just now
-    waits: bool = False  # a publication could not be finished just now
+    held: tuple[Pending, ...] = ()  # checkpoints that could not be read or scored just now
+    waits: str | None = None  # why a publication could not be finished just now
     corpus: str | None = None  # its digest: with the numerics it tells which losses are current
     numerics: Numerics | None = None
 
@@ -67,7 +81,7 @@ class LookFile:
         """What the bucket holds, and which of its checkpoints are due to be scored."""
         self._tell(
             complete=len(listing.complete),
-            incomplete=len(listing.incomplete),
+            incomplete=tuple(Pending.of(r.checkpoint, r.reason) for r in listing.incomplete),
             queue=tuple(
                 Queued(signature=c.signature, step=c.step, written=c.modified) for c in due
             ),
@@ -75,7 +89,7 @@ class LookFile:
             numerics=numerics,
         )
 
-    def end(self, *, held: int, waits: bool) -> None:
+    def end(self, *, held: tuple[Pending, ...], waits: str | None) -> None:
         self._tell(ended=time.time(), unfinished=0, held=held, waits=waits)
 
     def _tell(self, **changes: object) -> None:

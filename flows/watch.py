@@ -11,6 +11,7 @@ from prefect import flow
 
 from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.listing import Listed, Listing
+from ckptfuse.looks import Pending
 from ckptfuse.plan import Actions, State
 from ckptfuse.records import GateRecord, SkipRecord
 from ckptfuse.service import Service, plans_of
@@ -47,7 +48,7 @@ class Summary:
     scored: int = 0
     quarantined: int = 0
     skipped: int = 0
-    held: frozenset[str] = frozenset()
+    held: tuple[Pending, ...] = ()  # could not be read or scored
     verdicts: list[GateRecord] = field(default_factory=list)
     published: int = 0
     waiting: frozenset[str] = frozenset()  # windows whose publication waits for the next run
@@ -56,7 +57,11 @@ class Summary:
     @classmethod
     def of(cls, listing: Listing) -> "Summary":
         """Of a look that has done nothing yet."""
-        return cls(complete=len(listing.complete), incomplete=len(listing.incomplete))
+        return cls(
+            complete=len(listing.complete),
+            incomplete=len(listing.incomplete),
+            held=tuple(Pending.of(r.checkpoint, r.reason) for r in listing.unread),
+        )
 
     def delay(self, window: str, step: int, error: CkptfuseError) -> None:
         self.waiting |= {window}
@@ -112,7 +117,8 @@ def _look(
     summary = Summary.of(listing)
     while actions:
         _act(service, params_file, state, actions, summary)
-        state = load_state(service, summary.held, summary.waiting)
+        held = frozenset(item.signature for item in summary.held)
+        state = load_state(service, held, summary.waiting)
         actions = next_actions(service, listing, state, live=live)
     # Whatever this look did: the one before may have been killed on its way here.
     for is_done, finish in _AFTERWARDS:
@@ -131,6 +137,7 @@ def _begin(
     look_file(service).begin()
     listed, state = discover(service)
     listing = listed.between(first, last)
+    news.incomplete(service, listing)
     return listing, state, next_actions(service, listing, state, live=live)
 
 
@@ -144,7 +151,9 @@ def _end(
 ) -> Summary:
     for note in left.notes:
         log.info(note)
-    look_file(service).end(held=len(summary.held), waits=summary.delayed is not None)
+    for refused in listing.unread:
+        log.warning("%s could not be read now: %s", refused.checkpoint.name, refused.reason)
+    look_file(service).end(held=summary.held, waits=summary.delayed)
     if live:
         news.looked(service, listing)
     return summary
@@ -172,8 +181,8 @@ def _act(
         summary.quarantined += 1
     if actions.score:
         unscored = score_checkpoints(service, actions.score, _names(actions.score))
-        held = {item.checkpoint.signature for item in unscored if not item.quarantined}
-        summary.held |= held
+        held = [item for item in unscored if not item.quarantined]
+        summary.held += tuple(Pending.of(item.checkpoint, item.reason) for item in held)
         summary.quarantined += len(unscored) - len(held)
         summary.scored += len(actions.score) - len(unscored)
     for key in actions.publish:

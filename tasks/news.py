@@ -8,6 +8,7 @@ from ckptfuse.listing import Healthy, Listed, Listing
 from ckptfuse.records import CheckpointRecord, GateRecord, PublicationRecord, QuarantineRecord
 from ckptfuse.service import Service
 from ckptfuse.stalls import silence
+from ckptfuse.steps.look import look_file
 from ckptfuse.steps.spikes import spikes_among
 from tasks.events import tell
 from tasks.log import log
@@ -47,6 +48,18 @@ def scored(service: Service, records: list[CheckpointRecord]) -> None:
             text = f"{record.name} is a spike: {excess:.4f} nats above the trend"
             log.warning(text)
             tell(service, "checkpoint.spiked", record.step, text)
+
+
+def incomplete(service: Service, listing: Listing) -> None:
+    """Of each checkpoint that is not complete yet once: a look a minute would fill the log.
+
+    It is compared with what the last look left, so before this one leaves what it has found.
+    """
+    last = look_file(service).last()
+    told = {item.name for item in last.incomplete} if last else set()
+    for refused in listing.incomplete:
+        if refused.checkpoint.name not in told:
+            log.info("%s is not complete yet: %s", refused.checkpoint.name, refused.reason)
 
 
 def looked(service: Service, listing: Listing) -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from ckptfuse.checkpoints import Checkpoint
+from ckptfuse.errors import StoreError
 from ckptfuse.params import load_params
 from ckptfuse.service import Service, open_service
-from ckptfuse.steps.look import discover, next_actions
+from ckptfuse.steps.look import discover, look_file, next_actions
+from flows.cli import app
 from flows.watch import watch
 from tests.conftest import Project, Trajectories, Trajectory, make_project
 from tests.helpers import write_checkpoint
@@ -173,6 +177,28 @@ def test_a_run_that_decayed_to_its_end_is_declined(
     )
     told = project.cli("fuse", "--step", "720", status=3)
     assert told.stdout.startswith("step 720: declined: ")
+
+
+def test_checkpoints_that_the_store_denies_are_told_and_fail_the_look(
+    trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not taken for such as their trainer still writes."""
+    project = make_project(tmp_path / "denied", trajectory)
+    project.land(420, 480)
+
+    def denied(checkpoint: Checkpoint) -> None:
+        raise StoreError(f"{checkpoint.name}: access denied")
+
+    monkeypatch.setattr("ckptfuse.listing.read_layout", denied)
+    done = CliRunner().invoke(app, ["watch", "--once", "--params", project.params_file])
+    assert done.exit_code == 1
+    assert "2 could not be read or scored, checkpoint-480 among them" in done.output
+    assert "checkpoint-420 could not be read now: checkpoint-420: access denied" in done.output
+    last = look_file(service_of(project)).last()
+    assert last is not None
+    assert ([item.name for item in last.held], last.incomplete) == (
+        ["checkpoint-420", "checkpoint-480"], (),
+    )  # fmt: skip
 
 
 def test_a_newest_checkpoint_that_went_bad_is_fused_around(

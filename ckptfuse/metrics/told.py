@@ -61,9 +61,9 @@ def _looks(seen: Seen) -> Iterator[Told]:
     yield _gauge("look_begun_timestamp_seconds", "When a look last began.", look.begun)
     yield _gauge("look_ended_timestamp_seconds", "When one last came to its end.", look.ended)
     yield _gauge("looks_unfinished", "Looks begun since one came to its end.", look.unfinished)
-    yield _gauge("publication_waits", "1 while one could not be finished.", look.waits)
-    yield _gauge("checkpoints_held", "That could not be read or scored just now.", look.held)
-    yield _gauge("checkpoints_incomplete", "Still being written.", look.incomplete)
+    yield _gauge("publication_waits", "1 while one could not be finished.", look.waits is not None)
+    yield _gauge("checkpoints_held", "That could not be read or scored just now.", len(look.held))
+    yield _gauge("checkpoints_incomplete", "Still being written.", len(look.incomplete))
     yield _gauge("queue_length", "Checkpoints that wait for their score.", len(seen.queue))
 
 

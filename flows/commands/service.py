@@ -118,7 +118,9 @@ def sentence(summary: "Summary") -> str:
     """What a look did."""
     if summary.busy:
         return "Another process is at work on this workspace; nothing done."
-    waiting = f" ({summary.incomplete} not complete yet)" if summary.incomplete else ""
+    waiting = ""
+    if summary.incomplete:
+        waiting = f" ({summary.incomplete} not complete yet: `ckptfuse status` says why)"
     said = []
     if not summary.did_nothing:
         said.append(
@@ -127,9 +129,10 @@ def sentence(summary: "Summary") -> str:
         )
     said += [f"step {v.step}: {v.verdict} ({v.reason})" for v in summary.verdicts]
     if summary.held:
+        last = summary.held[-1]
         said.append(
-            f"{len(summary.held)} of {summary.complete} checkpoints could not be read or scored; "
-            "the next look tries again."
+            f"{len(summary.held)} could not be read or scored, {last.name} among them "
+            f"({last.reason}); the next look tries again."
         )
     if summary.delayed:
         said.append(f"Publication waits for the next run: {summary.delayed}")

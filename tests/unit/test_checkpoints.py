@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ckptfuse.checkpoints import (
+    Checkpoint,
     check_bucket_uri,
     open_checkpoint,
 )
@@ -122,9 +123,9 @@ def test_files_must_have_been_quiet_for_a_while(tmp_path: Path) -> None:
     assert look(tmp_path, settle_seconds=10).complete
 
 
-def test_a_clock_that_runs_ahead_only_delays(tmp_path: Path) -> None:
+def test_a_clock_that_runs_ahead_only_delays_and_is_told(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint-100", TENSORS, age=-3600)
-    assert "last written 0 s ago" in reason(tmp_path)
+    assert "is dated 1:00:00 ahead of this machine's clock" in reason(tmp_path)
 
 
 def test_a_file_beside_the_weights_that_is_still_written_holds_the_checkpoint_back(
@@ -387,8 +388,21 @@ def test_a_checkpoint_that_may_not_be_read_does_not_stop_the_others(tmp_path: Pa
     with as_nobody(tmp_path):
         listing = look(tmp_path)
     assert [checkpoint.name for checkpoint in listing.complete] == ["step200"]
-    (refused,) = listing.incomplete
+    assert listing.incomplete == ()
+    (refused,) = listing.unread
     assert "permission denied" in refused.reason
+
+
+def test_a_file_that_was_deleted_meanwhile_is_not_one_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(checkpoint: Checkpoint) -> None:
+        raise MissingFile(f"{checkpoint.uri}/{WEIGHTS}: no such object")
+
+    monkeypatch.setattr("ckptfuse.listing.read_layout", gone)
+    write_checkpoint(tmp_path / "step100", TENSORS)
+    assert "no such object" in reason(tmp_path)
+    assert look(tmp_path).unread == ()
 
 
 def test_stages_follow_one_another_whatever_their_steps(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ckptfuse.looks import Look, LookFile, Queued
+from ckptfuse.looks import Look, LookFile, Pending, Queued
 from ckptfuse.metrics import prometheus_registry
 from ckptfuse.records import (
     FusionRecord,
@@ -137,7 +137,8 @@ def test_checkpoints_that_are_due_again_on_another_text_are_in_the_queue(
 
 def test_the_queue_is_what_was_due_and_has_no_record_since(service: Service) -> None:
     queue = [Queued(signature=f"s{step}", step=step, written=step) for step in (500, 600, 700)]
-    looked(service, queue=queue, held=2, incomplete=1, unfinished=3)
+    left = [Pending(name=f"step{n}", signature=f"s{n}", reason="") for n in (800, 900, 1000)]
+    looked(service, queue=queue, held=left[:2], incomplete=left[2:], unfinished=3)
     found = told(service)
     assert found["queue_length"] == 2
     assert found["step{seen}"] == 700
