@@ -1,4 +1,8 @@
-"""A trajectory at a glance, from the records alone: the rows of ``status``, report and demo."""
+"""A trajectory at a glance: the rows of ``status``, report and demo.
+
+From the records, what the last look left, and the corpus's digest; present.py says what where the
+corpus cannot be read.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +11,8 @@ from itertools import islice
 from ckptfuse.corpus import Split
 from ckptfuse.curves import first_reached
 from ckptfuse.gate import best_member
-from ckptfuse.promotion import champion
+from ckptfuse.looks import Look
+from ckptfuse.promotion import champion, waiting
 from ckptfuse.published import in_order_of_publication
 from ckptfuse.records import (
     CheckpointRecord,
@@ -21,9 +26,15 @@ from ckptfuse.records import (
     SkipRecord,
 )
 from ckptfuse.service import Service, plans_of
+from ckptfuse.steps.look import look_file
 from ckptfuse.steps.spikes import spikes_among
 from ckptfuse.steps.survey import known_survey
 from ckptfuse.window import in_order, window_key, windows
+
+#: What a published fusion is called: before its veto is heard, as the champion, as one that is
+#: not; and when its version was deleted.
+AVAILABLE = frozenset(["candidate", "champion", "published"])
+PUBLISHED = AVAILABLE | {"retired"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +60,7 @@ class Overview:
     champion: PromotionRecord | None
     publications: tuple[PublicationRecord, ...]
     corpus: CorpusRecord | None  # None before the first look
+    look: Look | None  # the last one
 
 
 def overview(service: Service, split: Split = "report") -> Overview:
@@ -62,7 +74,10 @@ def overview(service: Service, split: Split = "report") -> Overview:
     publications = {p.window: p for p in records.all(PublicationRecord).values()}
     retired = records.keys(RetirementRecord)
     present = champion(service)
-    crowned = present.fusion if present else None
+    words = dict.fromkeys((p.fusion for p in waiting(service)), "candidate")
+    words |= dict.fromkeys(retired, "retired")
+    if present is not None:
+        words[present.fusion] = "champion"
     rows: list[Row] = []
     ordered = in_order(records.all(CheckpointRecord).values())
     marks = spikes_among(service, ordered)
@@ -83,9 +98,8 @@ def overview(service: Service, split: Split = "report") -> Overview:
         )
         if plan is not None:
             is_published = plan.window in publications or plan.fusion in retired
-            row = _with_plan(
-                service, row, plan, gates.get(plan.window), is_published, crowned, split
-            )
+            word = words.get(plan.fusion, "published") if is_published else None
+            row = _with_plan(service, row, plan, gates.get(plan.window), word, split)
         elif key in skips:
             row = replace(row, verdict="skipped", reason=skips[key].reason)
         rows.append(row)
@@ -95,6 +109,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
         champion=present,
         publications=tuple(in_order_of_publication(service, publications.values())),
         corpus=known_survey(service),
+        look=look_file(service).last(),
     )
 
 
@@ -123,8 +138,7 @@ def _with_plan(
     row: Row,
     plan: PlanRecord,
     verdict: GateRecord | None,
-    is_published: bool,
-    crowned: str | None,
+    published: str | None,  # in a word, where it is
     split: Split,
 ) -> Row:
     best = service.scorer.target(best_member(plan.members).fingerprint, plan.tokenizer, split)
@@ -132,14 +146,12 @@ def _with_plan(
     word = "deciding"
     if verdict is not None:
         word = verdict.verdict if verdict.verdict == "declined" else "publishing"
-    if is_published:
-        word = "champion" if plan.fusion == crowned else "published"
     return replace(
         row,
         best_single=best,
         fused=fused,
         gain=best - fused if best is not None and fused is not None else None,
-        verdict=word,
+        verdict=published or word,
         reason=verdict.reason if verdict else "",
         plan=plan,
     )

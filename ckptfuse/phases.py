@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ckptfuse.notes import ENERGY
-from ckptfuse.overview import Row
+from ckptfuse.overview import AVAILABLE, Row
 
 RECENT = 8
 FEWEST = 6
@@ -69,7 +69,7 @@ def restart_point(rows: Sequence[Row]) -> str | None:
     since = [row.loss for row in scored[first:] if row.loss is not None]
     if usual is None or min(since) <= usual:
         return None
-    healthy = [r for r in scored[:first] if r.verdict in ("published", "champion")]
+    healthy = [r for r in scored[:first] if r.verdict in AVAILABLE]
     if not healthy or healthy[-1].fused is None:
         return None
     ahead = since[-1] - healthy[-1].fused

@@ -20,6 +20,9 @@ from ckptfuse.records import (
 )
 from ckptfuse.window import Window, window_key, windows
 
+#: How the reason of a window begins that was not fused since a newer one was.
+SUPERSEDED = "superseded by"
+
 
 @dataclass(frozen=True)
 class State:
@@ -121,7 +124,7 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
         return Actions(publish=publish, skip=overtaken, fuse=tuple(waiting), notes=notes, due=due)
     newest = waiting[-1]
     superseded = tuple(
-        Skip(item.key, item.window.step, f"superseded by {newest.window.newest.name}")
+        Skip(item.key, item.window.step, f"{SUPERSEDED} {newest.window.newest.name}")
         for item in waiting[:-1]
     )
     skip = (*overtaken, *superseded)

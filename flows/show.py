@@ -23,9 +23,17 @@ from ckptfuse.notes import explain
 from ckptfuse.once import HandScore
 from ckptfuse.overview import Overview
 from ckptfuse.phases import phase_notes
+from ckptfuse.present import present_notes
 from ckptfuse.protocol import Event, Progress
 
-_STYLES = {"champion": "bold green", "published": "green", "declined": "yellow", "skipped": "dim"}
+_STYLES = {
+    "champion": "bold green",
+    "candidate": "cyan",
+    "published": "green",
+    "retired": "dim",
+    "declined": "yellow",
+    "skipped": "dim",
+}
 _COUNTS = ("documents", "bytes", "tokens")
 
 
@@ -57,7 +65,7 @@ def table(seen: Overview, title: str = "Loss on report text, nats per token") ->
 
 
 def notes(seen: Overview) -> list[str]:
-    """What there is to say under the table: of the newest weights, and of spikes."""
+    """What there is to say under the table: spikes, the newest weights, and what waits."""
     said = [
         f"step {row.step} is a spike: {row.spike:.4f} nats above the trend on selection text"
         for row in seen.rows
@@ -66,7 +74,7 @@ def notes(seen: Overview) -> list[str]:
     plans = [row.plan for row in seen.rows if row.plan is not None]
     if plans:
         said += [f"weights at step {plans[-1].step}: {line}" for line in explain(plans[-1])]
-    return said + phase_notes(seen.rows)
+    return said + phase_notes(seen.rows) + present_notes(seen)
 
 
 @contextmanager

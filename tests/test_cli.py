@@ -128,6 +128,8 @@ def test_a_look_that_can_score_nothing_says_why_and_fails(project: Project) -> N
     assert told.stdout.startswith("2 could not be read or scored, checkpoint-480 among them (")
     assert told.stdout.strip().endswith("; the next look tries again.")
     assert told.stderr.count("set scoring.block_length") == 2
+    told = project.cli("status")
+    assert "checkpoint-420 could not be read or scored: " in told.stdout
 
 
 def test_score_equals_transformers_own_loss(project: Project, trajectory: Trajectory) -> None:

@@ -113,6 +113,7 @@ def test_nothing_else_is_quarantined_and_the_healthy_ones_are_fused(troubled: Pr
 def test_trouble_is_told_by_status_and_report(troubled: Project) -> None:
     shown = troubled.cli("status").stdout
     assert "quarantined checkpoint-600: " in shown
+    assert "checkpoint-720 is not complete yet: " in shown
     page = Path(troubled.cli("report").stdout.strip()).read_text()
     assert "another model in the same bucket" in page
 
@@ -177,6 +178,8 @@ def test_a_run_that_decayed_to_its_end_is_declined(
     )
     told = project.cli("fuse", "--step", "720", status=3)
     assert told.stdout.startswith("step 720: declined: ")
+    shown = project.cli("status", COLUMNS="400").stdout
+    assert f"step 720 was declined: {verdict.reason}" in shown
 
 
 def test_checkpoints_that_the_store_denies_are_told_and_fail_the_look(

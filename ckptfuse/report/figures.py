@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ckptfuse.losses import Estimate
 from ckptfuse.notes import ENERGY, ENERGY_ERROR, domain_energies
-from ckptfuse.overview import Overview, Row
+from ckptfuse.overview import PUBLISHED, Overview, Row
 from ckptfuse.report import drawing
 from ckptfuse.report.drawing import BEST, FUSED, RAW
 
@@ -21,7 +21,7 @@ def losses(seen: Overview) -> str:
     spikes = [row for row in seen.rows if row.spike is not None]
     if spikes:
         axes.plot(*_points(spikes, "loss"), "x", color="#222", ms=7, label="spike")
-    published = [row for row in seen.rows if row.verdict in ("published", "champion")]
+    published = [row for row in seen.rows if row.verdict in PUBLISHED]
     axes.plot(*_points(seen.rows, "fused"), "o", ms=5, color=FUSED, mfc="w")
     axes.plot(*_points(published, "fused"), "o", ms=5, color=FUSED)
     axes.set_xlabel("training step")

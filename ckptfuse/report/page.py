@@ -11,6 +11,7 @@ from ckptfuse.losses import Estimate
 from ckptfuse.notes import ENERGY, explain
 from ckptfuse.overview import Overview, overview, steps_saved
 from ckptfuse.phases import phase_notes
+from ckptfuse.present import left_by
 from ckptfuse.records import PlanRecord
 from ckptfuse.report import figures
 from ckptfuse.service import Service
@@ -33,6 +34,7 @@ def render(service: Service) -> str:
         rule=service.params.rule.name,
         seen=seen,
         phases=phase_notes(seen.rows),
+        left=left_by(seen.look),
         explained=[(row.step, explain(row.plan)) for row in seen.rows if row.plan is not None],
         saved=steps_saved(seen.rows),
         drawings=_drawings(service, seen),

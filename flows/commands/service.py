@@ -188,11 +188,16 @@ def status(params: ParamsOption = None) -> None:
     loaded, _ = load(params)
     from ckptfuse.corpus.survey import near_duplicates_of
     from ckptfuse.overview import overview
+    from ckptfuse.present import corpus_of_last_look
     from ckptfuse.service import open_service
     from flows.show import notes, table
 
-    seen = overview(open_service(loaded))
+    service = open_service(loaded)
+    unread = corpus_of_last_look(service)
+    seen = overview(service)
     stdout.print(table(seen))
+    if unread is not None:
+        stdout.print(unread, markup=False)
     for sentence in near_duplicates_of(seen.corpus) if seen.corpus else ():
         stdout.print(f"corpus, {sentence} (more: ckptfuse corpus)", markup=False)
     for line in notes(seen):
@@ -204,7 +209,12 @@ def status(params: ParamsOption = None) -> None:
 def report(params: ParamsOption = None) -> None:
     """Write the report page and print its path."""
     loaded, _ = load(params)
+    from ckptfuse.present import corpus_of_last_look
     from ckptfuse.report.page import write_report
     from ckptfuse.service import open_service
 
-    stdout.print(str(write_report(open_service(loaded))), markup=False)
+    service = open_service(loaded)
+    unread = corpus_of_last_look(service)
+    if unread is not None:
+        stderr.print(unread, markup=False)
+    stdout.print(str(write_report(service)), markup=False)

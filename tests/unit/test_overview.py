@@ -1,6 +1,7 @@
 """The rows behind status and report, and how many steps a fusion was ahead."""
 
 import html
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptfuse.overview import Row, overview, steps_saved
+from ckptfuse.errors import CorpusError
+from ckptfuse.looks import Look, Pending
+from ckptfuse.overview import Overview, Row, overview, steps_saved
+from ckptfuse.present import corpus_of_last_look, present_notes
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
@@ -16,10 +20,11 @@ from ckptfuse.records import (
     PromotionRecord,
     PublicationRecord,
     QuarantineRecord,
+    RetirementRecord,
     SkipRecord,
 )
 from ckptfuse.report.page import render
-from ckptfuse.service import Service
+from ckptfuse.service import Service, open_service
 from ckptfuse.window import window_key
 from flows.show import notes
 from tests.helpers import checkpoint_record, make_service, member, plan_record, record_losses
@@ -111,13 +116,16 @@ def judged(service: Service, verdict: str) -> None:
     service.records.put("gate", gate)
 
 
-def published(service: Service, *, promoted: bool) -> None:
+def published(service: Service, *, promoted: bool | None) -> None:
+    """``promoted``: None as long as its veto was not heard."""
     judged(service, "publish")
     record = PublicationRecord(
         fusion="fusion-300", window="window-300", step=300, tag="t", commit="c", weights_hash="h",
         model_name="m", version="1",
     )  # fmt: skip
     service.records.put("publication", record)
+    if promoted is None:
+        return
     promotion = PromotionRecord(
         fusion="fusion-300", step=300, number=1, promoted=promoted, reason=""
     )
@@ -167,6 +175,64 @@ def test_a_published_fusion_that_was_not_promoted_is_no_champion(service: Servic
     published(service, promoted=False)
     assert words(service)[-1] == "published"
     assert overview(service).champion is None
+
+
+def test_a_published_fusion_is_a_candidate_until_its_veto_is_heard(service: Service) -> None:
+    published(service, promoted=None)
+    assert words(service)[-1] == "candidate"
+    assert notes(overview(service)) == [
+        "step 300 waits for its veto: `ckptfuse veto`, then a look, decides on it"
+    ]
+
+
+def test_a_version_that_retention_deleted_is_retired(service: Service) -> None:
+    published(service, promoted=False)
+    gone = RetirementRecord(fusion="fusion-300", step=300, tag="t", version="1", reason="old")
+    service.records.put("fusion-300", gone)
+    assert words(service)[-1] == "retired"
+
+
+def test_under_the_table_stands_why_the_last_windows_were_declined() -> None:
+    rows = [Row(f"step{n}", n, 3.0, verdict="declined", reason=f"why {n}") for n in range(1, 8)]
+    rows[5] = replace(rows[5], verdict="skipped", reason="superseded by step7")
+    said = present_notes(Overview(tuple(rows), (), None, (), None, None))
+    assert said == [f"step {n} was declined: why {n}" for n in (2, 3, 4, 5, 7)]
+
+
+def test_under_the_table_stands_what_the_last_look_left_and_why(service: Service) -> None:
+    def left(n: int, reason: str) -> Pending:
+        return Pending(name=f"step{n}", signature=f"s{n}", reason=reason)
+
+    marker = tuple(left(n, "waiting for the marker file 'X'") for n in range(500, 507))
+    looked(service, held=(left(400, "access denied"),), incomplete=marker, waits="step 300: no")
+    assert notes(overview(service)) == [
+        "at the last look (1970-01-01 01:23 UTC):",
+        "step400 could not be read or scored: access denied",
+        *(f"step{n} is not complete yet: waiting for the marker file 'X'" for n in range(502, 507)),
+        "... and so 2 before these",
+        "publication waits for the next look: step 300: no",
+    ]
+    assert "access denied" in render(service)
+
+
+def looked(service: Service, **left: object) -> None:
+    look = Look.model_validate({"begun": 5000.0, **left})
+    (service.workspace.folder("cache") / "look.json").write_text(look.model_dump_json())
+
+
+def test_a_corpus_that_is_gone_is_that_of_the_last_look(service: Service, tmp_path: Path) -> None:
+    before, digest = overview(service).rows, service.scorer.corpus_digest()
+    (tmp_path / "text.jsonl").unlink()
+    blind = open_service(service.params)
+    with pytest.raises(CorpusError, match="no such corpus file"):
+        corpus_of_last_look(blind)
+    looked(blind, corpus=digest)
+    told = corpus_of_last_look(blind)
+    assert told is not None
+    assert "no such corpus file" in told
+    assert overview(blind).rows == before
+    assert render(blind)
+    assert corpus_of_last_look(service) is None
 
 
 def test_a_checkpoint_above_the_trend_is_marked_as_a_spike(service: Service) -> None:
