@@ -1,6 +1,7 @@
 """What a trajectory waits for at present, and why: sentences for a person.
 
-From the records, and from what the last look left (looks.py): no server and no bucket is asked.
+From the records and from what the last look left (looks.py). Of all that lies outside of the
+workspace only the corpus is asked for.
 """
 
 from collections.abc import Sequence

@@ -13,7 +13,7 @@ from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.listing import Listed, Listing
 from ckptfuse.looks import Pending
 from ckptfuse.plan import Actions, State
-from ckptfuse.records import GateRecord, SkipRecord
+from ckptfuse.records import GateRecord, PromotionRecord, SkipRecord
 from ckptfuse.service import Service, plans_of
 from ckptfuse.steps.look import discover, load_state, look_file, next_actions
 from ckptfuse.steps.survey import known_survey
@@ -30,9 +30,8 @@ from tasks.showing import name_run, show_fusions
 
 _SHOWN = 4  # checkpoints that a run's name names
 
-#: What follows whatever a look did: how it is known that it was done, and how it is done.
+#: What follows whatever a look did and settled: how it is known that it was done, and how it is.
 _AFTERWARDS: tuple[tuple[Callable[[Service], bool], Callable[[Service], None]], ...] = (
-    (is_settled, settle_champion),
     (curves_are_drawn, draw_curves),
     (is_pruned, prune),
 )
@@ -51,6 +50,7 @@ class Summary:
     held: tuple[Pending, ...] = ()  # could not be read or scored
     verdicts: list[GateRecord] = field(default_factory=list)
     published: int = 0
+    settled: list[PromotionRecord] = field(default_factory=list)  # of candidates that had waited
     waiting: frozenset[str] = frozenset()  # windows whose publication waits for the next run
     delayed: str | None = None  # why the last of them does
 
@@ -70,8 +70,8 @@ class Summary:
 
     @property
     def did_nothing(self) -> bool:
-        done = (self.scored, self.quarantined, self.skipped, self.verdicts, self.published)
-        return not any(done)
+        found = (self.scored, self.quarantined, self.skipped)
+        return not any((*found, self.verdicts, self.published, self.settled))
 
 
 def look(params_file: str) -> Summary:
@@ -121,6 +121,8 @@ def _look(
         state = load_state(service, held, summary.waiting)
         actions = next_actions(service, listing, state, live=live)
     # Whatever this look did: the one before may have been killed on its way here.
+    if not is_settled(service):
+        summary.settled += settle_champion(service)
     for is_done, finish in _AFTERWARDS:
         if not is_done(service):
             finish(service)
@@ -143,7 +145,7 @@ def _begin(
 
 def _is_all_done(service: Service) -> bool:
     afterwards = all(is_done(service) for is_done, _ in _AFTERWARDS)
-    return afterwards and known_survey(service) is not None
+    return is_settled(service) and afterwards and known_survey(service) is not None
 
 
 def _end(
@@ -168,6 +170,7 @@ def _outcome(summary: Summary, listing: Listing) -> str:
         "declined": sum(1 for verdict in summary.verdicts if verdict.verdict == "declined"),
         "skipped": summary.skipped,
         "quarantined": summary.quarantined,
+        "settled": len(summary.settled),
     }
     done = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f"watch to step {newest}: {done}"

@@ -115,20 +115,22 @@ def is_settled(service: Service) -> bool:
 
 
 @task(cache_policy=NO_CACHE)
-def settle_champion(service: Service) -> None:
+def settle_champion(service: Service) -> list[PromotionRecord]:
     """Decide on candidates whose veto was heard since, and bring the alias up to the records.
 
-    A registry that is down waits for the next run.
+    Returns what was decided. A registry that is down waits for the next run.
     """
     versions = {record.fusion: record.version for record in publications(service)}
-    for promotion in settle(service):
+    settled = settle(service)
+    for promotion in settled:
         tell(service, promotion.step, versions[promotion.fusion], promotion)
     present = champion(service)
     if present is None or is_marked(service, _MARK, str(present.number)):
-        return  # without loading MLflow
+        return settled  # without loading MLflow
     try:
         with registry_of(service) as registry:
             if follow_champion(service, registry):
                 log.info("the alias champion now points to step %d", present.step)
     except PublicationError as error:
         log.warning("the alias champion waits for the next run: %s", error)
+    return settled

@@ -22,6 +22,7 @@ from ckptfuse.params import load_params
 from ckptfuse.records import PromotionRecord
 from ckptfuse.score_files import read_scores
 from ckptfuse.service import open_service
+from flows.commands.service import sentence
 from flows.watch import watch
 from tasks.aliases import settle_champion
 from tasks.registry import Registry
@@ -283,12 +284,14 @@ def test_a_candidate_becomes_champion_in_mlflow_once_its_veto_was_heard(
     Registry(service).set_alias("champion", "1")
     assert not service.workspace.model(first.fusion).exists()
 
-    settle_champion.fn(service)
+    assert settle_champion.fn(service) == []
     assert project.aliases() == {"candidate": "2", "champion": "1"}
     heard = [f"fusion {one.fusion[:12]}: 1 of 1 items correct" for one in (first, second)]
     assert project.cli("veto").stdout.splitlines() == heard
-    settle_champion.fn(service)
+    summary = watch(project.params_file)
     assert project.aliases() == {"candidate": "2", "champion": "2"}
     decided = service.records.get(PromotionRecord, second.fusion)
     assert decided is not None
     assert "no veto, 0 items won and 0 lost of 1" in decided.reason
+    assert not summary.did_nothing
+    assert sentence(summary) == f"champion: step 720 ({decided.reason})"

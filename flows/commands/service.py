@@ -122,12 +122,17 @@ def sentence(summary: "Summary") -> str:
     if summary.incomplete:
         waiting = f" ({summary.incomplete} not complete yet: `ckptfuse status` says why)"
     said = []
-    if not summary.did_nothing:
+    counts = (summary.scored, summary.quarantined, summary.skipped, summary.published)
+    if any(counts) or summary.verdicts:
         said.append(
             f"{summary.scored} scored, {summary.quarantined} quarantined, {summary.skipped} "
             f"skipped, {summary.published} published{waiting}."
         )
     said += [f"step {v.step}: {v.verdict} ({v.reason})" for v in summary.verdicts]
+    said += [
+        f"champion: step {p.step} ({p.reason})" if p.promoted else f"step {p.step}: {p.reason}"
+        for p in summary.settled
+    ]
     if summary.held:
         last = summary.held[-1]
         said.append(
