@@ -13,7 +13,7 @@ from ckptfuse.checkpoints import CONFIG, longest_context
 from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.names import parse_name
-from ckptfuse.params import CorpusParams, Domain, DomainBudget, Params, ScoringParams
+from ckptfuse.params import CorpusParams, Domain, DomainBudget, Params, ScoringParams, is_plain
 from ckptfuse.store import Store, is_s3, open_store
 
 #: Tokens of text out of distribution in the selection split, where it decides nothing.
@@ -52,7 +52,7 @@ def params_given(
 def trajectory_name(uri: str) -> str | None:
     """The bucket's last part, where that can name a trajectory."""
     name = uri.rstrip("/").rpartition("/")[2]
-    return name if name.replace("-", "_").replace(".", "_").isidentifier() else None
+    return name if is_plain(name, also=".") else None
 
 
 def study_folder(uri: str) -> Path:

@@ -1,18 +1,18 @@
 """params.yaml as typed values: every knob of the service, in one file.
 
 A value comes from, in this order: the environment (``CKPTFUSE_BUCKET``,
-``CKPTFUSE_GATE__MINIMUM_GAIN``), ``params.yaml``, the default below. An unknown key is an error
-that names it. The first sections are the science: they decide bytes and verdicts, are pinned with
-every fusion and are what DVC tracks (``SCIENTIFIC``). The others are operations.
+``CKPTFUSE_GATE__MINIMUM_GAIN``; params_environment), ``params.yaml`` (params_file), the default
+below. An unknown key is an error that names it; an empty text stands for none, and an empty section
+for its defaults. The first sections are the science: they decide bytes and verdicts, are pinned
+with every fusion and are what DVC tracks (``SCIENTIFIC``). The others are operations.
 """
 
-import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ckptfuse.cut import Cut
@@ -29,14 +30,45 @@ from ckptfuse.devices import visible_gpus
 from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.names import check_pattern
-from ckptfuse.store import is_s3
+from ckptfuse.params_environment import DELIMITER, PREFIX, check_variables
+from ckptfuse.params_file import read_file
+from ckptfuse.params_problems import explain
 from ckptfuse.store.throttle import Limits
 
 PARAMS_FILE = "params.yaml"
 
 
+_DAY = 24 * 3600.0
+
+
+def is_plain(name: str, *, also: str = "") -> bool:
+    """Whether it can name files, metrics and deployments; ``also``: what it may hold besides."""
+    return re.fullmatch(rf"\w[\w{re.escape(also)}-]*", name) is not None
+
+
+def _without_empty(model: type[BaseModel], values: object) -> object:
+    """A section whose keys are all commented out is its defaults; an empty text is none."""
+    if not isinstance(values, dict):
+        return values
+    fields = model.model_fields
+    return {k: v for k, v in values.items() if k not in fields or not _empty(fields[k], v)}
+
+
+def _empty(field: FieldInfo, value: object) -> bool:
+    wanted = field.annotation
+    if isinstance(value, str):
+        return not value.strip() and type(None) in get_args(wanted)
+    holds_more = isinstance(wanted, type) and issubclass(wanted, BaseModel)
+    return value is None and (holds_more or get_origin(wanted) in (dict, tuple))
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_not_given(cls, values: object) -> object:
+        return _without_empty(cls, values)
 
 
 class Shares(Section):
@@ -69,7 +101,7 @@ class Domain(Section):
     ``field`` names the text in JSON lines, and the column in Parquet.
     """
 
-    path: str
+    path: str = Field(min_length=1)
     weight: float = Field(default=1.0, ge=0)
     field: str = "text"
     tokens: DomainBudget = DomainBudget()
@@ -88,8 +120,10 @@ class CorpusParams(Section):
     @classmethod
     def _domain_names_are_plain(cls, domains: dict[str, Domain]) -> dict[str, Domain]:
         for name in domains:
-            if not name.replace("-", "_").isidentifier():
-                raise ValueError(f"domain {name!r}: letters, digits, '-' and '_' make a name")
+            if not is_plain(name):
+                raise ValueError(
+                    f"domain {name!r}: letters, digits, '-' and '_' make a name, '-' not first"
+                )
         if domains and not any(domain.weight for domain in domains.values()):
             raise ValueError("every domain has weight 0; at least one must count")
         return domains
@@ -119,7 +153,7 @@ class ScoringParams(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
     batch_tokens: int | None = Field(default=None, gt=0)
-    threads: int | None = Field(default=None, gt=0)
+    threads: int | None = Field(default=None, gt=0, le=4_096)  # more, and torch fails in the job
     gpus_per_job: int = Field(default=1, ge=1)
     trust_remote_code: bool = False
     converter: str | None = None
@@ -198,7 +232,7 @@ class PromotionParams(Section):
 
 
 class WatchParams(Section):
-    interval_seconds: float = Field(default=60.0, gt=0)
+    interval_seconds: float = Field(default=60.0, gt=0, le=366 * _DAY)  # sleep() has an end
     settle_seconds: float = Field(default=30.0, ge=0)
     marker: str | None = None
     pattern: str | None = None
@@ -258,7 +292,11 @@ class RetentionParams(Section):
 
 class Params(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="CKPTFUSE_", env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=PREFIX,
+        env_nested_delimiter=DELIMITER,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
     )
     SCIENTIFIC: ClassVar = ("trajectory", "corpus", "scoring", "window", "rule", "fuse", "gate")
     #: How, and how much of it, is carried out; not what comes out.
@@ -277,7 +315,7 @@ class Params(BaseSettings):
     promotion: PromotionParams = PromotionParams()
 
     bucket: str | None = None
-    workspace: str = "workspace"
+    workspace: str = Field(default="workspace", min_length=1)
     execution: Literal["inline", "deployments"] = "inline"
     watch: WatchParams = WatchParams()
     reading: ReadingParams = ReadingParams()
@@ -286,11 +324,18 @@ class Params(BaseSettings):
     versions: VersionsParams = VersionsParams()
     retention: RetentionParams = RetentionParams()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_not_given(cls, values: object) -> object:
+        return _without_empty(cls, values)
+
     @field_validator("trajectory")
     @classmethod
     def _trajectory_is_a_plain_name(cls, name: str) -> str:
-        if not name.replace("-", "_").replace(".", "_").isidentifier():
-            raise ValueError(f"{name!r}: letters, digits, '-', '_' and '.' make a name")
+        if not is_plain(name, also="."):
+            raise ValueError(
+                f"{name!r}: letters, digits, '-', '_' and '.' make a name, '-' and '.' not first"
+            )
         return name
 
     @model_validator(mode="after")
@@ -302,7 +347,7 @@ class Params(BaseSettings):
     @field_validator("workspace")
     @classmethod
     def _workspace_is_a_folder(cls, uri: str) -> str:
-        if is_s3(uri):
+        if "://" in uri:
             raise ValueError(f"{uri!r}: the workspace is a local or mounted folder")
         return uri
 
@@ -360,17 +405,40 @@ def load_params(path: Path | None = None) -> Params:
             f"{file}: no such file; run from a folder with a {PARAMS_FILE}, or name one with "
             "--params or CKPTFUSE_PARAMS"
         )
+    params = _anchor(_params_of(read_file(file), str(file)), file.resolve().parent)
+    keep_apart(params)
+    return params
+
+
+def default_params() -> Params:
+    """What there is without a file. Raises ConfigurationError for a wrong environment."""
+    return _params_of({}, "the defaults")
+
+
+def _params_of(values: Mapping[str, Any], where: str) -> Params:
+    check_variables(Params)
     try:
-        values = yaml.safe_load(file.read_bytes()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{file}: not YAML: {error}") from error
-    if not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
-        raise ConfigurationError(f"{file}: a mapping of sections was expected")
-    try:
-        params = Params(**values)
-    except (ValidationError, ValueError) as error:
-        raise ConfigurationError(_explain(file, error)) from error
-    return _anchor(params, file.resolve().parent)
+        return Params(**values)
+    except ValidationError as error:
+        raise ConfigurationError(explain(where, error, Params)) from error
+    except ValueError as error:  # of pydantic-settings
+        raise ConfigurationError(f"{where}: {error}") from error
+
+
+def keep_apart(params: Params) -> None:
+    """Raise ConfigurationError for a workspace in the bucket, which is the trainer's alone.
+
+    A bucket in the workspace does no harm: the demo's lies there.
+    """
+    bucket = (params.bucket or "").removeprefix("file://")
+    if not bucket or "://" in bucket:
+        return
+    ours, trainers = (Path(os.path.realpath(path)) for path in (params.workspace, bucket))
+    if ours.is_relative_to(trainers):
+        raise ConfigurationError(
+            f"workspace {ours} lies in the bucket {trainers}, which is only ever read; set "
+            "`workspace` in params.yaml or CKPTFUSE_WORKSPACE to a folder outside it"
+        )
 
 
 def _anchor(params: Params, folder: Path) -> Params:
@@ -399,30 +467,3 @@ def _anchor(params: Params, folder: Path) -> Params:
             "workspace": absolute(params.workspace),
         }
     )
-
-
-def _explain(file: Path, error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return f"{file}: {error}"
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{_suggestion(problem['loc'])}")
-        else:
-            lines.append(f"{key}: {problem['msg']} (found {problem['input']!r})")
-    return f"{file}: " + "; ".join(lines)
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    """What is accepted in the place of an unknown key, nearest first."""
-    fields: Mapping[str, Any] = Params.model_fields
-    for part in location[:-1]:
-        annotation = fields[str(part)].annotation if str(part) in fields else Domain
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            fields = annotation.model_fields
-        else:
-            fields = Domain.model_fields
-    near = difflib.get_close_matches(str(location[-1]), fields, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f" ({hint}accepted here: {', '.join(fields)})"

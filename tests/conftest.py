@@ -35,12 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
     Prefect reads them once: so the server's address is chosen here, and the server started later
     by the first test that needs it. Test processes of pytest-xdist have them from the first one.
     """
-    if "CKPTFUSE_TESTS" in os.environ:
+    if "TESTS_OF_CKPTFUSE" in os.environ:
         return
     home = Path(tempfile.mkdtemp(prefix="ckptfuse-tests-"))
     home.chmod(0o711)  # the user postgres must be able to enter what lies in it
     config.add_cleanup(lambda: _clean_up(home))
-    os.environ["CKPTFUSE_TESTS"] = os.environ["PREFECT_HOME"] = str(home)
+    os.environ["TESTS_OF_CKPTFUSE"] = os.environ["PREFECT_HOME"] = str(home)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{free_port()}/api"
     os.environ["PATH"] = f"{BINARIES}{os.pathsep}{os.environ['PATH']}"
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -56,7 +56,7 @@ def _clean_up(home: Path) -> None:
 
 def shared(name: str, make: Callable[[Path], None]) -> Path:
     """A folder that the first of the test processes makes and all of them use."""
-    folder = Path(os.environ["CKPTFUSE_TESTS"], name)
+    folder = Path(os.environ["TESTS_OF_CKPTFUSE"], name)
     made = folder.with_name(f"{name}.made")
     with FileLock(f"{folder}.lock"):
         if not made.exists():

@@ -98,11 +98,11 @@ def _given(
 
 def _base(params: Path | None) -> tuple["Params", bool]:
     """What the arguments stand on: a file, if there is one."""
-    from ckptfuse.params import PARAMS_FILE, Params, load_params
+    from ckptfuse.params import PARAMS_FILE, default_params, load_params
 
     if params or os.environ.get("CKPTFUSE_PARAMS") or Path(PARAMS_FILE).is_file():
         return load_params(params), True
-    return Params(), False
+    return default_params(), False
 
 
 def study(
@@ -146,14 +146,15 @@ def study(
         raise ConfigurationError(f"--tokens-per-step {tokens_per_step:g}: more than 0 is expected")
     from ckptfuse import study as studying
     from ckptfuse.given import params_given, study_folder
-    from ckptfuse.params import Params, load_params
+    from ckptfuse.params import default_params, keep_apart, load_params
     from ckptfuse.study.choices import DEFAULT_RULES
 
     choices = studying.parse_rules(rules or DEFAULT_RULES)
-    base = load_params(params) if params else Params()
+    base = load_params(params) if params else default_params()
     chosen = params_given(base, bucket, corpora, outside=outside)
     place = (folder or study_folder(str(chosen.bucket))).resolve()
     chosen = chosen.model_copy(update={"workspace": str(place)})
+    keep_apart(chosen)
     plan = studying.Plan(choices, sizes, positions=positions, tokens_per_step=tokens_per_step)
     found = studying.run_study(
         chosen, plan, branch=decay_branch, say=lambda text: stderr.print(text, markup=False)

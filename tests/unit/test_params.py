@@ -8,7 +8,7 @@ import yaml
 
 from ckptfuse.devices import VISIBLE
 from ckptfuse.errors import ConfigurationError
-from ckptfuse.params import Params, load_params
+from ckptfuse.params import Params, default_params, load_params
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,8 +117,28 @@ def test_an_unknown_key_is_named_with_what_was_probably_meant(
         ("corpus: {domains: {a/b: {path: x}}}", ["corpus.domains", "'a/b'"]),
         ("corpus: {domains: {a: {path: x, weight: 0}}}", ["weight 0"]),
         ("corpus: {domains: {a: {weight: 1}}}", ["corpus.domains.a.path"]),
+        ("corpus: {domains: {-a: {path: x}}}", ["corpus.domains", "'-' not first"]),
+        ("corpus: {domains: {a: {path: ''}}}", ["corpus.domains.a.path", "found ''"]),
+        ("corpus: {domains: {a: {path: x, weight: .inf}}}", ["corpus.domains.a.weight", "finite"]),
+        ("corpus: {shares: {selection: .inf}}", ["corpus.shares.selection", "finite"]),
         ("trajectory: a b", ["trajectory", "'a b'"]),
+        ("trajectory: ..", ["trajectory", "'-' and '.' not first"]),
+        ("trajectory: ''", ["trajectory"]),
         ("workspace: s3://b/w", ["workspace", "local or mounted folder"]),
+        ("workspace: file:///w", ["workspace", "local or mounted folder"]),
+        ("workspace: ''", ["workspace", "found ''"]),
+        ("watch: {interval_seconds: .inf}", ["watch.interval_seconds"]),
+        ("watch: {interval_seconds: 1.0e+300}", ["watch.interval_seconds", "less than or equal"]),
+        ("watch: {settle_seconds: .nan}", ["watch.settle_seconds"]),
+        ("scoring: {threads: 1000000000000}", ["scoring.threads", "4096"]),
+        ("scoring: {command: python x.py}", ["scoring.command", "a list was expected"]),
+        ("versions: held", ["versions: a section of `key: value` was expected"]),
+        ('bucket: "a\\0b"', ["line 1", "NUL"]),
+        (
+            "retention: {last: 5}\nbucket: b\nretention: {every: 3}",
+            ["line 3", "'retention' is given again, after line 1"],
+        ),
+        ("watch:\n  marker: a\n  marker: b", ["line 3", "'marker' is given again"]),
         ("watch: {pattern: 'step(\\d+)'}", ["watch.pattern", "(?P<step>...)"]),
         ("watch: {pattern: '('}", ["watch.pattern", "no regular expression"]),
         ("gate: {alpha: 2}\nwindow: {size: 1}", ["gate.alpha", "window.size"]),
@@ -135,17 +155,156 @@ def test_a_value_that_cannot_be_used_is_named_by_its_key(
     assert all(part in message for part in said), message
 
 
+@pytest.mark.parametrize("name", ["2024-run", "7b", "run.2", "_x"])
+def test_a_name_may_begin_with_a_digit(tmp_path: Path, name: str) -> None:
+    assert loaded(tmp_path, f"trajectory: {name}").trajectory == name
+    domain = name.replace(".", "-")
+    assert (
+        domain in loaded(tmp_path, f"corpus: {{domains: {{{domain}: {{path: x}}}}}}").corpus.domains
+    )
+
+
+def test_a_section_of_comments_alone_is_its_defaults(tmp_path: Path) -> None:
+    text = """
+        corpus: {domains: , tokens: }
+        watch:
+          # interval_seconds: 5
+        promotion: {veto: }
+        window: {boundaries: }
+        retention: {keep: }
+    """
+    assert loaded(tmp_path, text) == loaded(tmp_path)
+
+
+def test_an_empty_text_is_no_text(tmp_path: Path) -> None:
+    empty = """
+        bucket: ''
+        corpus: {tokenizer: ''}
+        scoring: {model: ' ', converter: ''}
+        watch: {marker: '', pattern: ''}
+        mlflow: {tracking_uri: '', artifact_root: '', model: ''}
+        ledger: {remote: '', dvc_remote: ''}
+    """
+    assert loaded(tmp_path, empty) == loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "workspace"),
+    [
+        ("bucket", "bucket"),
+        ("bucket", "bucket/deep/workspace"),
+        ("bucket", "x/../bucket"),
+        ("bucket", "link/workspace"),
+        ("link", "bucket"),
+        ("file://{folder}/bucket", "bucket"),
+        (".", "workspace"),
+    ],
+)
+def test_a_workspace_in_the_trainers_bucket_is_refused(
+    tmp_path: Path, bucket: str, workspace: str
+) -> None:
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "link").symlink_to("bucket")
+    text = f"bucket: {bucket.format(folder=tmp_path)}\nworkspace: {workspace}"
+    with pytest.raises(ConfigurationError, match=r"workspace .* lies in the bucket .* outside it"):
+        loaded(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "workspace"),
+    [("workspace/bucket", "workspace"), ("bucket", "bucket-2"), ("s3://b/p", "w")],
+)
+def test_a_bucket_in_the_workspace_or_beside_it_is_accepted(
+    tmp_path: Path, bucket: str, workspace: str
+) -> None:
+    assert loaded(tmp_path, f"bucket: {bucket}\nworkspace: {workspace}").bucket
+
+
 def test_a_file_that_is_no_text_is_told(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(ConfigurationError, match=r"params\.yaml"):
         load_params(tmp_path / "params.yaml")
 
 
-def test_a_wrong_value_in_the_environment_is_told_as_one_in_the_file(
+# -- the environment ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WATCH__INTERVAL_SECONDS", "abc", ["watch.interval_seconds", "found 'abc'"]),
+        ("WATCH", '{"interval_seconds": "abc"}', ["watch.interval_seconds", "found 'abc'"]),
+        ("WATCH__INTRVAL", "9", ["'watch.intrval'", "did you mean 'interval_seconds'?"]),
+        ("WINDOW__MINIMUM", "20", ["window: minimum 20 exceeds size 8"]),
+        ("RETENTION__KEEP", "v3", ["JSON is expected", """such as '["v3"]'""", "found 'v3'"]),
+        ("PROMOTION__VETO__COMMAND", "python x.py", ["""such as '["python", "x.py"]'"""]),
+        ("WINDOW__BOUNDARIES", "3,4", ["""such as '["3", "4"]'"""]),
+        ("WATCH", "60", ["watch: a section"]),
+        ("WATCH", "often", ["JSON is expected", "CKPTFUSE_WATCH__KEY"]),
+        ("BUCKT", "s3://b", ["no such parameter", "did you mean CKPTFUSE_BUCKET?"]),
+        ("GATE_ALPHA", "0.1", ["did you mean CKPTFUSE_GATE__ALPHA?"]),
+        ("GAET__ALPHA", "0.1", ["did you mean CKPTFUSE_GATE__ALPHA?"]),
+        ("XYZZY__PLUGH", "1", ["no such parameter (CKPTFUSE_KEY and CKPTFUSE_SECTION__KEY"]),
+        ("PARMS", "p.yaml", ["did you mean CKPTFUSE_PARAMS?"]),
+    ],
+)
+def test_a_wrong_variable_is_named_and_the_file_is_not_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: list[str]
+) -> None:
+    monkeypatch.setenv(f"CKPTFUSE_{name}", value)
+    with pytest.raises(ConfigurationError) as told:
+        loaded(tmp_path)
+    message = str(told.value)
+    assert message.startswith(f"CKPTFUSE_{name} in the environment: "), message
+    assert all(part in message for part in said), message
+    assert "params.yaml" not in message
+
+
+def test_the_file_is_blamed_for_what_a_section_in_the_environment_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("CKPTFUSE_WATCH", '{"settle_seconds": 1}')
+    message = refusal(tmp_path, "watch: {interval_seconds: abc}")
+    assert "CKPTFUSE_WATCH" not in message
+
+
+def test_a_wrong_environment_is_told_without_a_file_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CKPTFUSE_GATE__ALPHA", "often")
-    assert "gate.alpha" in refusal(tmp_path, "")
+    with pytest.raises(ConfigurationError, match="CKPTFUSE_GATE__ALPHA in the environment"):
+        default_params()
+
+
+def test_an_empty_variable_is_one_that_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BUCKET", "RETENTION__LAST", "RETENTION__KEEP", "WATCH__MARKER", "BUCKT"):
+        monkeypatch.setenv(f"CKPTFUSE_{name}", "")
+    text = "bucket: s3://from/file\nretention: {last: 3, keep: [v1]}\nwatch: {marker: done}"
+    params = loaded(tmp_path, text)
+    assert (params.bucket, params.watch.marker) == ("s3://from/file", "done")
+    assert (params.retention.last, params.retention.keep) == (3, ("v1",))
+
+
+@pytest.mark.parametrize("name", ["PARAMS", "HOME", "NOTIFY_URL", "VENV"])
+def test_variables_of_the_project_that_are_no_parameters_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.setenv(f"CKPTFUSE_{name}", "x")
+    loaded(tmp_path)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "name", ["PORT", "PORT_80_TCP", "SERVICE_HOST", "WATCH_SERVICE_PORT", "METRICS_PORT", "VERSION"]
+)
+def test_what_kubernetes_and_images_set_is_warned_of_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    monkeypatch.setenv(f"CKPTFUSE_{name}", "tcp://10.0.0.1:80")
+    loaded(tmp_path)
+    loaded(tmp_path)
+    (warning,) = caplog.messages
+    assert f"CKPTFUSE_{name} in the environment is no parameter" in warning
 
 
 def test_a_missing_file_says_how_to_name_one(tmp_path: Path) -> None:
