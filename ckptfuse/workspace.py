@@ -13,8 +13,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ckptfuse.errors import ConfigurationError
 from ckptfuse.record_files import Records
 from ckptfuse.store import FolderStore, remove_folder
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be; raises ConfigurationError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, FileNotFoundError) as error:
+        raise ConfigurationError(
+            f"{folder}: no folder can be made there ({error.strerror}); correct `workspace`: a "
+            "folder, or where one can be made"
+        ) from error
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +41,11 @@ class Workspace:
 
     @property
     def records(self) -> Records:
-        folder = self.root / "records"
-        folder.mkdir(parents=True, exist_ok=True)
-        return Records(FolderStore(folder))
+        return Records(FolderStore(self.folder("records")))
 
     def folder(self, name: str) -> Path:
         """A folder of the workspace, made if need be."""
-        folder = self.root / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return make_folder(self.root / name)
 
     def model(self, fusion: str) -> Path:
         return self.folder("models") / fusion

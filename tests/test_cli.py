@@ -57,6 +57,10 @@ def test_an_unknown_key_is_told_with_its_nearest_neighbour(project: Project) -> 
         ({"corpus": {"domains": {"a": {"path": "none.jsonl"}}}}, 2, "none.jsonl"),
         ({"window": {"size": 2, "minimum": 3}}, 2, "minimum 3 exceeds size 2"),
         ({"workspace": "s3://bucket/x"}, 2, "the workspace is a local or mounted folder"),
+        ({"workspace": "params.yaml"}, 2, "no folder can be made there (Not a directory)"),
+        ({"workspace": "/proc/none"}, 2, "no folder can be made there (No such file"),
+        ({"workspace": "bucket/own"}, 2, "lies in the bucket"),
+        ({"bucket": "s3://a bucket/run"}, 2, "'a bucket' is no valid name of an S3 bucket"),
     ],
 )
 def test_a_watch_that_cannot_work_is_refused_before_any_server_starts(
@@ -71,6 +75,14 @@ def test_a_corpus_line_that_is_no_json_is_named(project: Project) -> None:
     (project.folder / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
     change_params(project, corpus={"domains": {"a": {"path": "bad.jsonl"}}})
     assert "bad.jsonl, line 2" in project.cli("watch", "--once", status=2).stderr
+
+
+@pytest.mark.parametrize("command", ["status", "report", "metrics --once", "prune --dry-run"])
+def test_a_workspace_that_is_a_file_is_one_line(project: Project, command: str) -> None:
+    change_params(project, workspace="params.yaml")
+    told = project.cli(*command.split(), status=2).stderr
+    assert "correct `workspace`" in told
+    assert len(told.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def explained(where: str, bucket: str) -> Iterator[None]:
         BotoCoreError,
         ClientError,
         NoCredentialsError,
+        ParamValidationError,
         PartialCredentialsError,
         ProfileNotFound,
     )
@@ -53,6 +54,13 @@ def explained(where: str, bucket: str) -> Iterator[None]:
     except ClientError as error:
         code = str(error.response.get("Error", {}).get("Code", ""))
         raise _client_error(where, bucket, code, error) from error
+    except ParamValidationError as error:
+        if "Invalid bucket name" not in str(error):
+            raise StoreError(f"{where}: {' '.join(str(error).split())}") from error
+        raise ConfigurationError(
+            f"{where}: {bucket!r} is no valid name of an S3 bucket (letters, digits, '.', '-' and "
+            "'_'); correct the URI"
+        ) from error
     except BotoCoreError as error:
         raise StoreError(
             f"{where}: {error}; is AWS_ENDPOINT_URL right and the store up?"

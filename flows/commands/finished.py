@@ -67,6 +67,7 @@ def _given(
 ) -> tuple["Params", str]:
     """Parameters of the command line over those of a file, in a file of their own."""
     from ckptfuse.given import params_given
+    from ckptfuse.workspace import make_folder
 
     base, has_file = _base(params)
     corpora = domains_of(corpus, "--corpus")
@@ -87,8 +88,7 @@ def _given(
         update={"every": every}
     )  # fmt: skip
     chosen = chosen.model_copy(update={"workspace": str(root), "scoring": scoring})
-    root.mkdir(parents=True, exist_ok=True)
-    file = root / "backfill.yaml"
+    file = make_folder(root) / "backfill.yaml"
     file.write_text(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False))
     for name in list(os.environ):  # what they say is in the file, unless the arguments said more
         if name.startswith(("CKPTFUSE_BUCKET", "CKPTFUSE_CORPUS", "CKPTFUSE_WORKSPACE")):
