@@ -14,8 +14,13 @@ import pytest
 import torch
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    WorkPoolCreate,
+    WorkPoolUpdate,
+)
 from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ckptfuse.checks import Check
 from ckptfuse.params import load_params
@@ -105,7 +110,21 @@ def test_whatever_is_broken_is_told_at_once_with_how_to_mend_it(project: Project
     assert "6 checks failed" in done.stderr
 
 
+def test_a_workspace_that_can_be_none_is_one_finding_among_others(project: Project) -> None:
+    change(project, workspace="params.yaml")
+    told = json.loads(project.cli("doctor", "--json", status=1).stdout)["checks"]
+    found = {check["name"]: check["state"] for check in told}
+    assert found["workspace writes once"] == "failed"
+    assert found["bucket is read"] == found["MLflow"] == "ok"
+
+
 # -- Prefect -------------------------------------------------------------------------------------
+
+
+def deployed(name: str, *, hands_over: bool) -> list[Check]:
+    server, clock, *found = prefect(name, f"{GPUS}-of-a-test", hands_over=hands_over)
+    assert {server.state, clock.state} == {"ok"}
+    return found
 
 
 def test_a_deployment_is_followed_to_its_schedule_its_worker_and_its_limit(
@@ -116,25 +135,45 @@ def test_a_deployment_is_followed_to_its_schedule_its_worker_and_its_limit(
         schedule=IntervalSchedule(interval=timedelta(minutes=1)), active=True
     )
     with get_client(sync_client=True) as client:
+        (nothing,) = deployed(name, hands_over=True)
+        assert nothing.state == "failed"
+        assert f"no score/{name}" in nothing.said
         for pool in ("doctored", "doctored-gpu"):
             client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
         for flow, pool in (("watch", "doctored"), ("score", "doctored-gpu")):
             client.create_deployment(
                 client.create_flow_from_name(flow), name, work_pool_name=pool, schedules=[every]
             )
-        found = {check.name: check for check in prefect(name, f"{GPUS}-of-a-test")}
+        found = {check.name: check for check in deployed(name, hands_over=True)}
         assert found["limit on GPUs"].state == "failed"
         assert "no score run can start" in found["limit on GPUs"].said
-        assert found["deployments"].state == "warning"
-        assert "no worker serves doctored, doctored-gpu" in found["deployments"].said
+        assert found["workers"].state == "warning"
+        assert "no worker serves doctored, no worker serves doctored-gpu" in found["workers"].said
         client.upsert_global_concurrency_limit_by_name(f"{GPUS}-of-a-test", 2)
         for pool in ("doctored", "doctored-gpu"):
             client._client.post(
                 f"/work_pools/{pool}/workers/heartbeat", json={"name": "a worker"}
             ).raise_for_status()
-        found = {check.name: check for check in prefect(name, f"{GPUS}-of-a-test")}
-        assert set(found) == {"Prefect server", "clock of Prefect", "deployments", "limit on GPUs"}
+        found = {check.name: check for check in deployed(name, hands_over=True)}
+        assert set(found) == {"deployments", "workers", "limit on GPUs"}
         assert {check.state for check in found.values()} == {"ok"}, found
+        client.update_work_pool("doctored-gpu", WorkPoolUpdate(is_paused=True))
+        paused = {check.name: check for check in deployed(name, hands_over=True)}["workers"]
+        assert paused.state == "warning"
+        assert paused.said == f"doctored-gpu is paused: runs of {name} wait"
+        assert paused.mend == "prefect work-pool resume doctored-gpu"
+        client.delete_deployment(client.read_deployment_by_name(f"watch/{name}").id)
+        by_hand = {check.name: check for check in deployed(name, hands_over=True)}
+        assert by_hand["deployments"].state == "warning"
+        assert by_hand["workers"].state == "warning"
+
+
+def test_without_a_server_no_work_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        (inline,) = prefect("doctored", GPUS, hands_over=False)
+        (handed,) = prefect("doctored", GPUS, hands_over=True)
+    assert (inline.state, handed.state) == ("ok", "failed")
+    assert "set PREFECT_API_URL" in str(handed.mend)
 
 
 # -- MLflow --------------------------------------------------------------------------------------
@@ -176,6 +215,27 @@ def test_a_server_that_is_not_mlflows_is_told(project: Project, prefect_server: 
     (check,) = registry(service_of(project))
     assert check.state == "failed"
     assert "correct mlflow.tracking_uri" in str(check.mend)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("abc", "MLflow keeps no registry any more"),
+        ("file:///nowhere/abc", "MLflow keeps no registry any more"),
+        ("gs://abc", "unsupported URI"),
+        ("postgresql://user:secret@127.0.0.1:1/mlflow", "refused"),
+    ],
+)
+def test_a_place_that_mlflow_keeps_no_registry_in_is_told(
+    project: Project, uri: str, said: str
+) -> None:
+    change(project, mlflow={"tracking_uri": uri})
+    (check,) = registry(service_of(project))
+    assert check.state == "failed", check
+    assert said in check.said
+    assert "secret" not in check.said
+    assert "mlflow.tracking_uri" in str(check.mend)
+    assert not Path("abc").exists()
 
 
 # -- the ledger ----------------------------------------------------------------------------------

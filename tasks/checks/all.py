@@ -30,7 +30,7 @@ def checks(params: Params) -> Iterator[Check]:
     model = found.size if found else None
     yield from _of_workspace(root, model, keeps_all=params.retention.last is None)
     yield gpu.gpu(params.scoring, model)
-    yield from _of_servers(params)
+    yield from _of_servers(params, has_workspace=root.is_dir())
 
 
 def _of_bucket(found: bucket.Found) -> Iterator[Check]:
@@ -57,16 +57,20 @@ def _of_workspace(root: Path, model: int | None, *, keeps_all: bool) -> Iterator
         yield failed(workspace.WRITES, f"{root}: {error}", mend)
 
 
-def _of_servers(params: Params) -> Iterator[Check]:
+def _of_servers(params: Params, *, has_workspace: bool) -> Iterator[Check]:
+    from tasks.checks.artifacts import artifacts
     from tasks.checks.ledger import ledger
     from tasks.checks.prefect import prefect
     from tasks.checks.published import published
     from tasks.checks.registry import registry
     from tasks.deployments import GPUS
 
-    yield from prefect(params.trajectory, GPUS)
+    yield from prefect(params.trajectory, GPUS, hands_over=params.execution == "deployments")
     service = open_service(params)
     of_mlflow = list(registry(service))
     yield from of_mlflow
+    yield from artifacts(service)
+    if not has_workspace:  # told already; what lies in it is looked at once it is there
+        return
     yield from ledger(service)
     yield from published(service, in_mlflow=all(check.state != "failed" for check in of_mlflow))

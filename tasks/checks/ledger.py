@@ -14,9 +14,8 @@ from pathlib import Path
 from packaging.version import Version
 
 from ckptfuse.checks import Check, failed, ok, warning
-from ckptfuse.checks.check import carried_out
+from ckptfuse.checks.probe import written
 from ckptfuse.service import Service
-from ckptfuse.store import open_store
 from tasks.ledger import Ledger
 from tasks.version import ledger_of
 
@@ -98,20 +97,7 @@ def _dvc_remote(url: str | None) -> Check:
         said = f"{url} is of a kind that is not tried here"
         return warning(DVC_REMOTE, said, "see whether `dvc push`, in the ledger, works")
     mend = "correct ledger.dvc_remote, or give this user the right to write there"
-    return carried_out(DVC_REMOTE, lambda: _written(url), mend)
-
-
-def _written(url: str) -> Check:
-    """Written to, read and cleaned up."""
-    store, probe = open_store(url), f"ckptfuse-doctor-{uuid.uuid4().hex}"
-    try:
-        store.write(probe, b"probe")
-        same = store.read(probe) == b"probe"
-    finally:
-        store.delete(probe)
-    if not same:
-        return failed(DVC_REMOTE, f"{url} gave back other bytes than were written", "see its log")
-    return ok(DVC_REMOTE, f"{url}: a file was written, read and deleted")
+    return written(DVC_REMOTE, url, mend)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

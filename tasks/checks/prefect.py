@@ -3,31 +3,43 @@
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from packaging.version import Version
 from prefect import __version__
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from ckptfuse.checks import Check, failed, ok, warning
 from ckptfuse.checks.clock import compare_clocks
 
-SERVER, CLOCK, DEPLOYED, LIMIT = (
+SERVER, CLOCK, DEPLOYED, WORKERS, LIMIT = (
     "Prefect server",
     "clock of Prefect",
     "deployments",
+    "workers",
     "limit on GPUs",
 )
 _TIMEOUT = 30.0
 _DEPLOY = "put it there: ckptfuse deploy"
 
 
-def prefect(trajectory: str, limit: str) -> Iterator[Check]:
-    """``limit``: the name of the global concurrency limit that scoring jobs hold."""
+def prefect(trajectory: str, limit: str, *, hands_over: bool) -> Iterator[Check]:
+    """``limit``: the name of the global concurrency limit that scoring jobs hold.
+
+    ``hands_over``: scoring goes to the deployment for it (execution: deployments).
+    """
     url = get_current_settings().api.url
+    if url is None and hands_over:
+        yield failed(
+            SERVER,
+            "none is named (PREFECT_API_URL), and execution: deployments needs one",
+            "set PREFECT_API_URL, or execution: inline",
+        )
+        return
     if url is None:
         yield ok(SERVER, "none is named (PREFECT_API_URL): each run starts one of its own")
         return
@@ -49,7 +61,7 @@ def prefect(trajectory: str, limit: str) -> Iterator[Check]:
     try:
         with get_client(sync_client=True) as client:
             yield _version(url, client.api_version())
-            yield from _deployed(client, trajectory, limit)
+            yield from _deployed(client, trajectory, limit, hands_over=hands_over)
     except Exception as error:  # httpx's, Prefect's, and RuntimeError for other major versions
         yield failed(
             SERVER,
@@ -69,38 +81,56 @@ def _version(url: str, found: str) -> Check:
     return ok(SERVER, said)
 
 
-def _deployed(client: SyncPrefectClient, trajectory: str, limit: str) -> Iterator[Check]:
+def _deployed(
+    client: SyncPrefectClient, trajectory: str, limit: str, *, hands_over: bool
+) -> Iterator[Check]:
     """Is there a deployment that looks, one that scores, and a worker for each?"""
-    name = f"watch/{trajectory}"
+    watch = _deployment(client, f"watch/{trajectory}")
+    score = _deployment(client, f"score/{trajectory}")
+    if score is None and hands_over:
+        said = f"the server has no score/{trajectory}: no look can score (execution: deployments)"
+        yield failed(DEPLOYED, said, _DEPLOY)
+    else:
+        yield _scheduled(watch, f"watch/{trajectory}")
+    if score is not None:
+        yield _limit(client, limit)
+    pools = {found.work_pool_name for found in (watch, score) if found is not None}
+    if any(pools):
+        yield _served(client, sorted(filter(None, pools)), trajectory)
+
+
+def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
     try:
-        watch = client.read_deployment_by_name(name)
+        return client.read_deployment_by_name(name)
     except ObjectNotFound:
+        return None
+
+
+def _scheduled(watch: DeploymentResponse | None, name: str) -> Check:
+    if watch is None:
         said = f"the server has no {name}: only `ckptfuse watch` looks at the bucket"
-        yield warning(DEPLOYED, said, _DEPLOY)
-        return
+        return warning(DEPLOYED, said, _DEPLOY)
     if watch.paused or not any(schedule.active for schedule in watch.schedules):
         mend = f"prefect deployment schedule resume {name}, or prefect deployment resume {name}"
-        yield warning(DEPLOYED, f"{name} has no schedule at work", mend)
-        return
-    pools = {watch.work_pool_name}
-    try:
-        pools.add(client.read_deployment_by_name(f"score/{trajectory}").work_pool_name)
-    except ObjectNotFound:
-        pass
-    else:
-        yield _limit(client, limit)
-    idle = [pool for pool in sorted(filter(None, pools)) if not _is_ready(client, pool)]
-    if idle:
-        names = ", ".join(idle)
-        mend = "; ".join(f"prefect worker start --pool {pool}" for pool in idle)
-        yield warning(DEPLOYED, f"no worker serves {names}: runs of {trajectory} wait", mend)
-    else:
-        yield ok(DEPLOYED, f"{name} is on a schedule, and workers serve its pools")
+        return warning(DEPLOYED, f"{name} has no schedule at work", mend)
+    return ok(DEPLOYED, f"{name} is on a schedule")
 
 
-def _is_ready(client: SyncPrefectClient, pool: str) -> bool:
-    found: WorkPool = client.read_work_pool(pool)
-    return found.status is not None and found.status.name == "READY"
+def _served(client: SyncPrefectClient, names: Sequence[str], trajectory: str) -> Check:
+    """A paused pool gives its workers nothing."""
+    pools = [client.read_work_pool(name) for name in names]
+    paused = [pool.name for pool in pools if pool.is_paused]
+    idle = [pool.name for pool in pools if not (pool.is_paused or _is_ready(pool))]
+    said = [f"{name} is paused" for name in paused] + [f"no worker serves {name}" for name in idle]
+    if not said:
+        return ok(WORKERS, f"they serve {', '.join(names)}")
+    mend = [f"prefect work-pool resume {name}" for name in paused]
+    mend += [f"prefect worker start --pool {name}" for name in idle]
+    return warning(WORKERS, f"{', '.join(said)}: runs of {trajectory} wait", "; ".join(mend))
+
+
+def _is_ready(pool: WorkPool) -> bool:
+    return pool.status is not None and pool.status.name == "READY"
 
 
 def _limit(client: SyncPrefectClient, name: str) -> Check:

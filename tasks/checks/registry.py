@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
 from packaging.version import Version
 
@@ -13,12 +14,14 @@ from tasks.tracking import tracking_uri
 NAME = "MLflow"
 #: Older ones have known holes.
 SAFE = Version("3.11")
+_SQL = ("postgresql", "mysql", "mssql")
+_MEND = "correct mlflow.tracking_uri: http(s)://..., a database's URI, or null"
 
 
 def registry(service: Service) -> Iterator[Check]:
     uri = tracking_uri(service)
     if not uri.startswith(("http://", "https://")):
-        yield _database(uri)
+        yield _without_server(uri)
         return
     # So that a server that is not there is told of in seconds; the user's own wish stands.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -57,9 +60,47 @@ def _version(uri: str, found: str, ours: str) -> Check:
     return ok(NAME, said)
 
 
-def _database(uri: str) -> Check:
-    if not uri.startswith("sqlite:///"):
-        return ok(NAME, f"a database without a server ({uri.partition(':')[0]})")
+def _without_server(uri: str) -> Check:
+    if uri.startswith("sqlite:///"):
+        return _sqlite(uri)
+    if uri.startswith(_SQL):
+        return _sql(uri)
+    if uri.startswith("file:") or ":" not in uri:
+        return _files(uri)
+    from mlflow import MlflowClient
+
+    try:
+        MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models(max_results=1)
+    except Exception as error:  # MLflow's, and those of what it opens
+        return failed(NAME, shorten(f"{uri}: {type(error).__name__}: {error}", 300), _MEND)
+    return ok(NAME, f"{uri} answers")
+
+
+def _files(uri: str) -> Check:
+    """MLflow's old store of files; where it is allowed, asking it would make its folder."""
+    from mlflow.environment_variables import MLFLOW_ALLOW_FILE_STORE
+
+    if not MLFLOW_ALLOW_FILE_STORE.get():
+        return failed(NAME, f"{uri} is a folder, where MLflow keeps no registry any more", _MEND)
+    said = f"{uri} is a folder, which MLflow takes for as long as MLFLOW_ALLOW_FILE_STORE is set"
+    return warning(NAME, said, "mlflow migrate-filestore makes a database of it")
+
+
+def _sql(uri: str) -> Check:
+    """Connected to without MLflow, which would make its tables, and tries for minutes."""
+    from sqlalchemy import create_engine
+
+    kind = uri.partition(":")[0]
+    patience = {} if kind.startswith("mssql") else {"connect_timeout": 15}
+    try:
+        create_engine(uri, connect_args=patience).connect().close()
+    except Exception as error:  # SQLAlchemy's, the driver's, and that there is no driver
+        said = shorten(f"{kind}: {type(error).__name__}: {error}", 300)  # the URI has a password
+        return failed(NAME, said, "start it, correct mlflow.tracking_uri, or install its driver")
+    return ok(NAME, f"a database without a server ({kind}) answers")
+
+
+def _sqlite(uri: str) -> Check:
     file = Path(uri.removeprefix("sqlite:///"))
     if file.exists() and not os.access(file, os.W_OK):
         return failed(NAME, f"{file} may not be written", f"give this user the right to {file}")

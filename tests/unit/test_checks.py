@@ -17,8 +17,10 @@ from ckptfuse.checks import bucket, gpu, workspace
 from ckptfuse.checks.clock import compare_clocks
 from ckptfuse.errors import StoreError
 from ckptfuse.params import Params, ScoringParams
+from ckptfuse.service import open_service
 from ckptfuse.store import open_store
 from ckptfuse.store.s3_client import client
+from tasks.checks.artifacts import artifacts
 from tests.helpers import write_checkpoint
 from tests.servers import S3Server, rclone
 
@@ -258,3 +260,33 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_told(monkeypatch: pytest.MonkeyPat
     assert check.state == "failed"
     assert "is built for CPUs" in check.said
     assert "constraints.txt" in str(check.mend)
+
+
+# -- where artifacts go --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("root", "state", "said"),
+    [
+        ("{folder}", "ok", "a file was written, read and deleted"),
+        ("s3://bucket/run", "ok", "a file was written, read and deleted"),
+        ("s3://nowhere/run", "failed", "the bucket 'nowhere' does not exist"),
+        ("s3://no where/run", "failed", "no valid name of an S3 bucket"),
+        ("zz://a/b", "failed", "zz://a/b"),
+        ("hdfs://a/b", "warning", "writing there is not tried here"),
+    ],
+)
+def test_the_place_of_artifacts_is_tried_and_left_as_it_was(
+    moto_s3: S3Server, tmp_path: Path, root: str, state: str, said: str
+) -> None:
+    place = root.format(folder=tmp_path)
+    named = {"workspace": str(tmp_path / "own"), "mlflow": {"artifact_root": place}}
+    (check,) = artifacts(open_service(Params.model_validate(named)))
+    assert check.state == state, check
+    assert said in check.said
+    assert not list(tmp_path.iterdir())
+    assert not open_store("s3://bucket/run").list()
+
+
+def test_without_a_place_of_their_own_artifacts_are_the_servers_affair(tmp_path: Path) -> None:
+    assert not list(artifacts(open_service(Params(workspace=str(tmp_path)))))
