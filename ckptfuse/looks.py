@@ -75,6 +75,12 @@ class LookFile:
         last = self.last()
         self._tell(begun=time.time(), unfinished=last.unfinished + 1 if last else 1)
 
+    def hand_over(self) -> None:
+        """This look goes on in a flow run, which begins it once more: it counts as one."""
+        last = self.last()
+        if last is not None:
+            self._tell(unfinished=last.unfinished - 1)
+
     def found(
         self, listing: Listing, due: Iterable[Healthy], *, corpus: str, numerics: Numerics
     ) -> None:

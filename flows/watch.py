@@ -87,6 +87,7 @@ def look(params_file: str) -> Summary:
         listing, _, actions = _begin(service, live=True, first=None, last=None)
         if not actions and _is_all_done(service):
             return _end(service, listing, actions, Summary.of(listing), live=True)
+        look_file(service).hand_over()
     mend_server()
     return watch(params_file)
 

@@ -7,6 +7,7 @@ the next promotion, or the next look.
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from ckptfuse.digests import digest
 from ckptfuse.errors import PublicationError
 from ckptfuse.promotion import (
     champion,
@@ -21,6 +22,7 @@ from ckptfuse.records import (
     PromotionRecord,
     PublicationRecord,
     RetirementRecord,
+    VetoRecord,
 )
 from ckptfuse.service import Service
 from ckptfuse.steps.promote import settle
@@ -29,7 +31,7 @@ from tasks.marks import is_marked, mark
 from tasks.registry import Registry, registry_of
 
 CHAMPION = "champion"
-_MARK = "champion"
+_MARK, _WAITING = "champion", "candidates"
 
 
 def promote(
@@ -107,11 +109,28 @@ def tell(service: Service, step: int, version: str, promotion: PromotionRecord |
 
 
 def is_settled(service: Service) -> bool:
-    """Whether every candidate is decided on, and the alias was seen where the records have it."""
+    """Whether nothing came that candidates wait for, and the alias is where the records have it.
+
+    A candidate may wait for its veto for days, with a look a minute.
+    """
     present = champion(service)
-    if waiting(service):
+    if waiting(service) and not is_marked(service, _WAITING, _heard(service)):
         return False
     return present is None or is_marked(service, _MARK, str(present.number))
+
+
+def _heard(service: Service) -> str:
+    """Digest of all that decides on candidates."""
+    present = champion(service)
+    return digest(
+        [
+            [record.fusion for record in waiting(service)],
+            present.number if present else 0,
+            sorted(service.records.keys(VetoRecord)),
+            service.params.promotion.model_dump(mode="json"),
+            service.scorer.corpus_digest(),
+        ]
+    )
 
 
 @task(cache_policy=NO_CACHE)
@@ -124,6 +143,8 @@ def settle_champion(service: Service) -> list[PromotionRecord]:
     settled = settle(service)
     for promotion in settled:
         tell(service, promotion.step, versions[promotion.fusion], promotion)
+    if waiting(service):
+        mark(service, _WAITING, _heard(service))
     present = champion(service)
     if present is None or is_marked(service, _MARK, str(present.number)):
         return settled  # without loading MLflow

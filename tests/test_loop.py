@@ -24,7 +24,7 @@ from ckptfuse.score_files import read_scores
 from ckptfuse.service import open_service
 from flows.commands.service import sentence
 from flows.watch import watch
-from tasks.aliases import settle_champion
+from tasks.aliases import is_settled, settle_champion
 from tasks.registry import Registry
 from tests.conftest import DOMAINS, TOKENS_PER_STEP, Project, Trajectory, environment
 from tests.observing import runs_in_prefect
@@ -284,10 +284,13 @@ def test_a_candidate_becomes_champion_in_mlflow_once_its_veto_was_heard(
     Registry(service).set_alias("champion", "1")
     assert not service.workspace.model(first.fusion).exists()
 
+    assert not is_settled(service)
     assert settle_champion.fn(service) == []
+    assert is_settled(service), "until an answer comes"
     assert project.aliases() == {"candidate": "2", "champion": "1"}
     heard = [f"fusion {one.fusion[:12]}: 1 of 1 items correct" for one in (first, second)]
     assert project.cli("veto").stdout.splitlines() == heard
+    assert not is_settled(service)
     summary = watch(project.params_file)
     assert project.aliases() == {"candidate": "2", "champion": "2"}
     decided = service.records.get(PromotionRecord, second.fusion)

@@ -269,7 +269,7 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_told(monkeypatch: pytest.MonkeyPat
     ("root", "state", "said"),
     [
         ("{folder}", "ok", "a file was written, read and deleted"),
-        ("s3://bucket/run", "ok", "a file was written, read and deleted"),
+        ("s3://bucket/artifacts", "ok", "a file was written, read and deleted"),
         ("s3://nowhere/run", "failed", "the bucket 'nowhere' does not exist"),
         ("s3://no where/run", "failed", "no valid name of an S3 bucket"),
         ("zz://a/b", "failed", "zz://a/b"),
@@ -285,7 +285,7 @@ def test_the_place_of_artifacts_is_tried_and_left_as_it_was(
     assert check.state == state, check
     assert said in check.said
     assert not list(tmp_path.iterdir())
-    assert not open_store("s3://bucket/run").list()
+    assert not open_store("s3://bucket/artifacts").list()
 
 
 def test_without_a_place_of_their_own_artifacts_are_the_servers_affair(tmp_path: Path) -> None:
