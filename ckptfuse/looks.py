@@ -2,8 +2,9 @@
 
 One file that each look writes over (``cache/look.json``). It is no state: no look reads what
 another has found but to tell what is new, and without it monitoring knows less and the service
-does the same. Nor does it need any server: when Prefect is down, no look begins, and the file says
-for how long.
+does the same. Nor does it need any server: when Prefect is down, no look begins, or none that found
+something to do comes to its end (it begins twice, before its flow run and in it), and the file says
+so.
 """
 
 import time
@@ -74,12 +75,6 @@ class LookFile:
     def begin(self) -> None:
         last = self.last()
         self._tell(begun=time.time(), unfinished=last.unfinished + 1 if last else 1)
-
-    def hand_over(self) -> None:
-        """This look goes on in a flow run, which begins it once more: it counts as one."""
-        last = self.last()
-        if last is not None:
-            self._tell(unfinished=last.unfinished - 1)
 
     def found(
         self, listing: Listing, due: Iterable[Healthy], *, corpus: str, numerics: Numerics

@@ -25,7 +25,10 @@ def tokenizer_class(files: Mapping[str, bytes]) -> str | None:
     ``files``: path -> content, of the folder in which it lies.
     """
     for path in (TOKENIZER_CONFIG, CONFIG):
-        named = json.loads(files.get(path, b"{}")).get("auto_map", {})
+        try:
+            named = json.loads(files.get(path, b"{}"))["auto_map"]
+        except (ValueError, LookupError, TypeError):  # damaged, which transformers tells; or none
+            continue
         if isinstance(named, Mapping):
             named = named.get("AutoTokenizer", ())
         # One name, or a pair: the slow one and the fast one, of which either may be null.

@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, get_origin
@@ -19,6 +20,8 @@ from ckptfuse.errors import ConfigurationError
 PREFIX, DELIMITER = "CKPTFUSE_", "__"
 #: What is read beside the parameters: by the commands, `deploy`, its template, Slurm's script.
 _OTHERS = ("params", "home", "notify_url", "venv")
+#: https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
+_OF_KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)$")
 _ALIKE, _ALIKE_IN_SECTION = 0.85, 0.6
 
 Location = tuple[int | str, ...]
@@ -91,10 +94,13 @@ def _check_json(name: str, annotation: Any) -> None:
 def _refuse_or_warn(model: type[BaseModel], name: str, path: tuple[str, ...]) -> None:
     """Refuse what is surely meant for us, warn of the rest.
 
-    Kubernetes sets CKPTFUSE_PORT and its like in every pod beside a Service called ckptfuse, and
-    images and CI their CKPTFUSE_VERSION: a service that nobody attends must not stop for these. A
-    variable that looks like a parameter must not be passed over either.
+    Kubernetes sets CKPTFUSE_PORT and its like in every pod beside a Service called ckptfuse or
+    ckptfuse-mlflow, and images and CI their CKPTFUSE_VERSION: a service that nobody attends must
+    not stop for these. A variable that looks like a parameter must not be passed over either.
     """
+    if _OF_KUBERNETES.search(name):
+        _warn_once(name)
+        return
     proper = {"_".join(known): known for known in [*_paths(model), *((o,) for o in _OTHERS)]}
     is_nested = len(path) > 1
     near = difflib.get_close_matches(

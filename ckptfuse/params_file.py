@@ -34,21 +34,31 @@ class _Unfit(Exception):
 class _Loader(yaml.SafeLoader):
     """YAML takes the last of two equal keys: a section would lose its first half unnoticed."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        first: dict[Any, yaml.Node] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
-                continue
-            if key.value in first:
-                line = first[key.value].start_mark.line + 1
-                raise _Unfit(
-                    key, f"{key.value!r} is given again, after line {line}; make one of the two"
-                )
-            first[key.value] = key
-        return super().construct_mapping(node, deep=deep)
+    def __init__(self, stream: bytes) -> None:
+        super().__init__(stream)
+        self._seen: set[yaml.MappingNode] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if node not in self._seen:  # once merged (<<), it has keys of another beside its own
+            self._seen.add(node)
+            _check_keys(node)
+        super().flatten_mapping(node)
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         value = super().construct_scalar(node)
         if "\0" in value:  # no path, name or command can hold one
             raise _Unfit(node, "a NUL character (\\0) in a text; take it out")
         return value
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    first: dict[Any, yaml.Node] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+            continue
+        if key.value in first:
+            line = first[key.value].start_mark.line + 1
+            raise _Unfit(
+                key, f"{key.value!r} is given again, after line {line}; make one of the two"
+            )
+        first[key.value] = key

@@ -31,8 +31,8 @@ def open_flow(params_file: str) -> Service:
 def mend_server() -> None:
     """Start the embedded server again where it was killed.
 
-    Prefect starts it once in a process and does not look after it. It keeps its address, which what
-    Prefect has running in this process goes on using.
+    Prefect starts it once in a process and does not look after it. It keeps its address, if that is
+    free, which what Prefect has running in this process goes on using.
     """
     if PREFECT_API_URL.value():
         return

@@ -85,9 +85,8 @@ def look(params_file: str) -> Summary:
         if not mine:
             return _busy()
         listing, _, actions = _begin(service, live=True, first=None, last=None)
-        if not actions and _is_all_done(service):
-            return _end(service, listing, actions, Summary.of(listing), live=True)
-        look_file(service).hand_over()
+        if not actions and _is_all_done(service, listing):
+            return _end(service, listing, actions, Summary.of(listing))
     mend_server()
     return watch(params_file)
 
@@ -127,7 +126,9 @@ def _look(
     for is_done, finish in _AFTERWARDS:
         if not is_done(service):
             finish(service)
-    _end(service, listing, actions, summary, live=live)
+    if live:
+        news.stalled(service, listing)
+    _end(service, listing, actions, summary)
     if not summary.did_nothing:
         show_fusions(service)
         name_run(_outcome(summary, listing))
@@ -144,21 +145,21 @@ def _begin(
     return listing, state, next_actions(service, listing, state, live=live)
 
 
-def _is_all_done(service: Service) -> bool:
-    afterwards = all(is_done(service) for is_done, _ in _AFTERWARDS)
-    return is_settled(service) and afterwards and known_survey(service) is not None
+def _is_all_done(service: Service, listing: Listing) -> bool:
+    return (
+        known_survey(service) is not None
+        and is_settled(service)
+        and all(is_done(service) for is_done, _ in _AFTERWARDS)
+        and news.untold_stall(service, listing) is None  # Prefect's automations are to hear of it
+    )
 
 
-def _end(
-    service: Service, listing: Listing, left: Actions, summary: Summary, *, live: bool
-) -> Summary:
+def _end(service: Service, listing: Listing, left: Actions, summary: Summary) -> Summary:
     for note in left.notes:
         log.info(note)
     for refused in listing.unread:
         log.warning("%s could not be read now: %s", refused.checkpoint.name, refused.reason)
     look_file(service).end(held=summary.held, waits=summary.delayed)
-    if live:
-        news.looked(service, listing)
     return summary
 
 

@@ -4,6 +4,8 @@ A promotion is a record first; the alias moves last. Whoever finds it behind the
 the next promotion, or the next look.
 """
 
+from collections.abc import Iterable
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
@@ -71,7 +73,10 @@ def check_loadable(service: Service, registry: Registry, chosen: PublicationReco
     if retired is not None:
         raise PublicationError(f"{name} was deleted by retention: {retired.reason}")
     fusion = service.records.get(FusionRecord, chosen.fusion)
-    missing = registry.missing(chosen.version, fusion.sizes if fusion else {})
+    version = registry.find_version(chosen.fusion)  # another server has other numbers
+    missing = registry.missing(version or chosen.version, fusion.sizes if fusion else {})
+    if version is None:
+        missing = "it is not registered any more"
     if missing is not None:
         raise PublicationError(f"{name} of {chosen.model_name} would not load: {missing}")
 
@@ -114,19 +119,20 @@ def is_settled(service: Service) -> bool:
     A candidate may wait for its veto for days, with a look a minute.
     """
     present = champion(service)
-    if waiting(service) and not is_marked(service, _WAITING, _heard(service)):
+    answers = service.records.keys(VetoRecord)
+    if waiting(service) and not is_marked(service, _WAITING, _heard(service, answers)):
         return False
     return present is None or is_marked(service, _MARK, str(present.number))
 
 
-def _heard(service: Service) -> str:
-    """Digest of all that decides on candidates."""
+def _heard(service: Service, answers: Iterable[str]) -> str:
+    """Digest of all that decides on candidates; ``answers``: the keys of veto records."""
     present = champion(service)
     return digest(
         [
             [record.fusion for record in waiting(service)],
             present.number if present else 0,
-            sorted(service.records.keys(VetoRecord)),
+            sorted(answers),
             service.params.promotion.model_dump(mode="json"),
             service.scorer.corpus_digest(),
         ]
@@ -140,11 +146,12 @@ def settle_champion(service: Service) -> list[PromotionRecord]:
     Returns what was decided. A registry that is down waits for the next run.
     """
     versions = {record.fusion: record.version for record in publications(service)}
+    answers = service.records.keys(VetoRecord)  # before: `ckptfuse veto` may bring one meanwhile
     settled = settle(service)
     for promotion in settled:
         tell(service, promotion.step, versions[promotion.fusion], promotion)
     if waiting(service):
-        mark(service, _WAITING, _heard(service))
+        mark(service, _WAITING, _heard(service, answers))
     present = champion(service)
     if present is None or is_marked(service, _MARK, str(present.number)):
         return settled  # without loading MLflow

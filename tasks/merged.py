@@ -3,6 +3,7 @@
 With ``versions.weights: manifest`` the ledger has their hashes alone.
 """
 
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from ckptfuse.service import Service
 from ckptfuse.store import link_file
 from tasks.dvc_cache import DvcCache
 from tasks.log import log
+from tasks.packaging import is_weights
 from tasks.registry import registry_of
 from tasks.version import ledger_of
 
@@ -52,7 +54,8 @@ def is_kept(service: Service, published: PublicationRecord) -> bool:
     if sizes and sizes == {path: place.stat().st_size for path, place in found.items()}:
         return True
     with registry_of(service) as registry:
-        return registry.missing(published.version, sizes) is None
+        version = registry.find_version(published.fusion)  # another server has other numbers
+        return version is not None and registry.missing(version, sizes) is None
 
 
 def _in_ledger(service: Service, tag: str) -> dict[str, Path]:
@@ -66,5 +69,6 @@ def _link(found: Mapping[str, Path], merged: FusionRecord, target: Path) -> bool
         return False
     with new_folder(target, last=PROVENANCE) as folder:
         for name, place in found.items():
-            link_file(place, folder / name)
+            lay = link_file if is_weights(place) else shutil.copyfile
+            lay(place, folder / name)
     return True

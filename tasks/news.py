@@ -2,6 +2,7 @@
 
 import time
 from datetime import timedelta
+from pathlib import Path
 
 from ckptfuse.gate import declined_streak
 from ckptfuse.listing import Healthy, Listed, Listing
@@ -62,19 +63,31 @@ def incomplete(service: Service, listing: Listing) -> None:
             log.info("%s is not complete yet: %s", refused.checkpoint.name, refused.reason)
 
 
-def looked(service: Service, listing: Listing) -> None:
+def stalled(service: Service, listing: Listing) -> None:
     """Of a trainer that has fallen silent, once for each newest checkpoint."""
+    found = untold_stall(service, listing)
+    if found is None:
+        return
+    newest, text = found
+    log.warning(text)
+    tell(service, "trajectory.stalled", newest.step, text)
+    _stalled_file(service).write_text(newest.signature)
+
+
+def untold_stall(service: Service, listing: Listing) -> tuple[Healthy, str] | None:
+    """The newest checkpoint, where none has come for long and nobody was told, and the sentence."""
     seen = {c.signature: c for c in listing.complete if not isinstance(c, QuarantineRecord)}
     known: dict[str, Healthy] = {**service.records.all(CheckpointRecord), **seen}
     found = silence([one.modified for one in known.values()], time.time())
     if found is None:
-        return
+        return None
     newest = max(known.values(), key=lambda one: one.modified)
-    told = service.workspace.folder("cache") / "stalled"
+    told = _stalled_file(service)
     if told.is_file() and told.read_text() == newest.signature:
-        return
+        return None
     quiet, usual = (timedelta(seconds=round(seconds)) for seconds in found)
-    text = f"no checkpoint for {quiet}, where {usual} is usual; the newest is {newest.name}"
-    log.warning(text)
-    tell(service, "trajectory.stalled", newest.step, text)
-    told.write_text(newest.signature)
+    return newest, f"no checkpoint for {quiet}, where {usual} is usual; the newest is {newest.name}"
+
+
+def _stalled_file(service: Service) -> Path:
+    return service.workspace.folder("cache") / "stalled"

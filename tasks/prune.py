@@ -10,17 +10,17 @@ from tasks.log import log
 
 
 def is_pruned(service: Service) -> bool:
-    return not retention.stale_models(service) and retention.is_settled(service)
+    return retention.copies_are_pruned(service) and retention.is_settled(service)
 
 
 @task(cache_policy=NO_CACHE)
 def prune(service: Service) -> None:
     """Apply the policy; a registry that is down, or a wrong name in it, waits for the next run."""
-    for item in retention.prune_copies(service):
-        _tell(item)
-    if retention.is_settled(service):
-        return  # without loading MLflow
     try:
+        for item in retention.prune_copies(service):
+            _tell(item)
+        if retention.is_settled(service):
+            return  # without loading MLflow
         for item in retention.prune_published(service):
             _tell(item)
     except CkptfuseError as error:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptfuse.digests import digest
-from ckptfuse.errors import CkptfuseError
 from ckptfuse.promotion import champion, waiting
 from ckptfuse.published import publications
 from ckptfuse.records import (
@@ -35,7 +34,7 @@ from tasks.merged import is_kept
 from tasks.registry import Registry, registry_of
 from tasks.version import ledger_of
 
-_MARK = "retired"
+_MARK, _LAST = "retired", "last copies"
 _DONE = "done"
 
 
@@ -117,15 +116,12 @@ def _corrected(service: Service) -> set[str]:
 
 def _has_another(service: Service, published: PublicationRecord) -> bool:
     """Whether ledger or registry have a copy too; tells where that is not so."""
-    try:
-        if published.fusion in service.records.keys(RetirementRecord):
-            return True  # deleted on purpose
-        if is_kept(service, published):
-            return True
-        why = f"neither ledger nor registry has all files of version {published.version}"
-    except CkptfuseError as error:
-        why = str(error)
-    log.warning("the workspace's copy of %s stays: %s", published.tag, why)
+    if published.fusion in service.records.keys(RetirementRecord) or is_kept(service, published):
+        return True  # the first was deleted on purpose
+    log.warning(
+        "the workspace's copy of %s stays: neither ledger nor registry has all of its files",
+        published.tag,
+    )
     return False
 
 
@@ -147,15 +143,31 @@ def outlook(service: Service) -> Outlook:
 
 
 def prune_copies(service: Service) -> Iterator[Deleted]:
-    """Delete the workspace's copies that nobody needs there, one after the other."""
+    """Delete the workspace's copies that nobody needs there, one after the other.
+
+    Raises PublicationError where MLflow must be asked for another copy and cannot be reached.
+    """
+    last = []
     for item in stale_models(service):
         if item.published is not None and not _has_another(service, item.published):
+            last.append(item.fusion)
             continue
         freed = freed_bytes(_files(item.folder))
         record = PruneRecord(fusion=item.fusion, folder=str(item.folder), reason=item.reason)
         service.records.put(item.fusion, record)
         remove_folder(item.folder)
         yield Deleted(f"the workspace's copy of {item.fusion[:12]}", item.reason, freed)
+    mark(service, _LAST, _lasting(service, last))
+
+
+def copies_are_pruned(service: Service) -> bool:
+    """Whether nothing is stale, but for last copies that were found to be so."""
+    stale = [item.fusion for item in stale_models(service)]
+    return not stale or is_marked(service, _LAST, _lasting(service, stale))
+
+
+def _lasting(service: Service, fusions: list[str]) -> str:
+    return digest([sorted(fusions), _state(service)])
 
 
 def prune_published(service: Service) -> Iterator[Deleted]:

@@ -25,6 +25,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from ckptfuse.checks import Check
 from ckptfuse.params import load_params
 from ckptfuse.service import Service, open_service
+from ckptfuse.steps.look import look_file
+from flows.watch import look
 from infra.native.postgres import free_port
 from tasks.checks.ledger import ledger
 from tasks.checks.prefect import prefect
@@ -290,6 +292,22 @@ def test_a_git_remote_that_is_not_there_is_told(project: Project, remote: str) -
     assert check.state == "failed"
     assert remote in check.said
     assert "correct ledger.remote" in str(check.mend)
+
+
+def test_a_look_whose_flow_run_cannot_begin_is_counted_as_unfinished(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(params_file: str) -> None:
+        raise RuntimeError("Failed to reach API")
+
+    monkeypatch.setattr("flows.watch.watch", down)
+    monkeypatch.setattr("flows.watch.mend_server", lambda: None)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            look(project.params_file)
+    last = look_file(service_of(project)).last()
+    assert last is not None
+    assert (last.unfinished, last.ended) == (2, None)
 
 
 # -- the exporter --------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ def test_a_fusion_is_published_again_from_the_held_checkpoints(
         shutil.copytree(bucket / "checkpoint-660", bucket / moved)
     if state == "half deleted":
         (bucket / moved / "model.safetensors").unlink()
+    assert links(project)[f"input {moved}"].state == "holds"
     shutil.rmtree(project.workspace / "models")
     (weights,) = (project.workspace / "mlartifacts").rglob("*.safetensors")
     made = weights.read_bytes()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from ckptfuse.digests import file_content
 from ckptfuse.overview import overview
@@ -20,7 +21,7 @@ from tasks import retention
 from tasks.chain import verify
 from tasks.checks.published import CHAMPION, TAGS, VERSIONS, published
 from tasks.dvc_cache import DvcCache
-from tasks.merged import bring_back
+from tasks.merged import bring_back, is_kept
 from tasks.pipeline import weights_of
 from tasks.version import ledger_of
 from tests.conftest import Project, Trajectory, make_project
@@ -158,7 +159,9 @@ def test_the_last_copy_of_a_published_fusion_is_not_deleted(
     kept = DvcCache(ledger_of(service)).model(first.tag)["model.safetensors"]
     aside = kept.rename(kept.with_suffix(".aside"))
     away = (project.workspace / "mlartifacts").rename(project.workspace / "away")
+    assert not retention.copies_are_pruned(service)
     assert list(retention.prune_copies(service)) == []
+    assert retention.copies_are_pruned(service), "it is looked for once"
     assert f"the workspace's copy of {first.tag} stays" in caplog.text
     assert {path.name for path in (project.workspace / "models").iterdir()} == {
         first.fusion, second.fusion,
@@ -167,6 +170,19 @@ def test_the_last_copy_of_a_published_fusion_is_not_deleted(
     (gone,) = retention.prune_copies(service)
     assert gone.reason == "published, and kept elsewhere"
     away.rename(project.workspace / "mlartifacts")
+    bring_back(service, first.fusion, first.tag)
+    kept.rename(aside)
+    assert is_kept(service, first.model_copy(update={"version": "99"})), "of another server"
+    MlflowClient(project.mlflow_uri, project.mlflow_uri).delete_model_version("trial", "1")
+    assert not is_kept(service, first)
+
+
+def test_a_champion_that_is_not_published_yet_fails_its_check_and_no_more(
+    project: Project,
+) -> None:
+    _, second = publications(opened(project))
+    (project.workspace / "records" / "publication" / f"{second.window}.json").unlink()
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "failed"}
 
 
 def test_a_bucket_may_move_and_a_gate_may_change_and_the_chain_holds(

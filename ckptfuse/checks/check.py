@@ -1,5 +1,6 @@
 """One finding of the doctor's: how things are, in one sentence, and how to mend them."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,11 @@ def warning(name: str, said: str, mend: str) -> Check:
 
 def failed(name: str, said: str, mend: str) -> Check:
     return Check(name, "failed", said, mend)
+
+
+def without_passwords(text: str) -> str:
+    """With what stands between ``://`` and ``@`` left out."""
+    return re.sub(r"://[^/@\s]*@", "://...@", text)
 
 
 def carried_out(name: str, check: Callable[[], Check], mend: str) -> Check:

@@ -54,7 +54,7 @@ def backfill(
     stdout.print(table(overview(service)))
     stdout.print(sentence(summary), markup=False)
     stderr.print(f"raw against merged, drawn: {write_report(service)}", markup=False)
-    if summary.busy or summary.delayed:
+    if summary.busy or summary.delayed or (summary.held and summary.did_nothing):
         raise typer.Exit(1)
 
 
@@ -67,6 +67,7 @@ def _given(
 ) -> tuple["Params", str]:
     """Parameters of the command line over those of a file, in a file of their own."""
     from ckptfuse.given import params_given
+    from ckptfuse.params import keep_apart
     from ckptfuse.workspace import make_folder
 
     base, has_file = _base(params)
@@ -88,6 +89,7 @@ def _given(
         update={"every": every}
     )  # fmt: skip
     chosen = chosen.model_copy(update={"workspace": str(root), "scoring": scoring})
+    keep_apart(chosen)
     file = make_folder(root) / "backfill.yaml"
     file.write_text(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False))
     for name in list(os.environ):  # what they say is in the file, unless the arguments said more

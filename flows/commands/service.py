@@ -176,8 +176,9 @@ def veto(params: ParamsOption = None) -> None:
     from tasks.merged import bring_back
 
     service = open_service(loaded)
-    for fusion in unheard(service):  # of a champion that was before, the workspace has no copy
-        bring_back(service, fusion, find_publication(service, fusion).tag)
+    for fusion in unheard(service):
+        if service.weights_of(fusion) is None:  # of one that is champion again, say
+            bring_back(service, fusion, find_publication(service, fusion).tag)
     heard = hear_veto(service)
     for record in heard:
         share = f"{record.correct} of {record.items} items correct"

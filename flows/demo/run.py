@@ -25,7 +25,7 @@ from rich.table import Table
 
 from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.losses import Estimate, Losses, combine
-from ckptfuse.overview import Overview, overview, steps_saved
+from ckptfuse.overview import PUBLISHED, Overview, overview, steps_saved
 from ckptfuse.params import PARAMS_FILE, Params, load_params
 from ckptfuse.records import CheckpointRecord
 from ckptfuse.report.page import write_report
@@ -267,7 +267,7 @@ def _print_gains(service: Service, result: _Result) -> None:
 def _print_saved(seen: Overview) -> None:
     """At how many further steps the raw run reached a fusion's loss."""
     ahead = zip(seen.rows, steps_saved(seen.rows), strict=True)
-    published = {r.step: saved for r, saved in ahead if r.verdict in ("published", "champion")}
+    published = {r.step: saved for r, saved in ahead if r.verdict in PUBLISHED}
     reached = {step: saved for step, saved in published.items() if saved}
     last = seen.rows[-1].step
     if reached:

@@ -14,6 +14,7 @@ broken link does not hide the others.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from socket import gaierror
 from typing import Literal
 
 from ckptfuse.errors import CkptfuseError, MissingFile, StoreError
@@ -66,11 +67,14 @@ def verify(service: Service, name: str) -> Iterator[Link]:
 def _out_of_reach(error: BaseException | None) -> bool:
     """Whether a store or a server did not answer, or not us, as whatever library tells it."""
     from botocore.exceptions import BotoCoreError
+    from mlflow.exceptions import RestException
 
     while error is not None:
         if isinstance(error, StoreError) and not isinstance(error, MissingFile):
             return True
-        if isinstance(error, (ConnectionError, TimeoutError, BotoCoreError)):
+        if isinstance(error, (ConnectionError, TimeoutError, gaierror, BotoCoreError)):
+            return True
+        if isinstance(error, RestException) and error.get_http_status_code() >= 500:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ckptfuse.checkpoints import open_checkpoint
-from ckptfuse.errors import MissingFile
+from ckptfuse.errors import IncompleteCheckpoint, MissingFile
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.records import Member
 from ckptfuse.service import Service
@@ -38,10 +38,10 @@ def source_fits(service: Service, member: Member) -> str:
 
 
 def _fingerprint(uri: str) -> str | None:
-    """A checkpoint's fingerprint; None when it is not there."""
+    """A checkpoint's fingerprint; None when it is not there, or not all of it."""
     try:
         if not is_s3(uri) and not Path(uri).is_dir():
             return None
         return fingerprint_of(open_checkpoint(uri))
-    except MissingFile:
+    except (MissingFile, IncompleteCheckpoint):
         return None

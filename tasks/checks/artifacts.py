@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from textwrap import shorten
 
 from ckptfuse.checks import Check, failed, warning
+from ckptfuse.checks.check import without_passwords
 from ckptfuse.checks.probe import written
 from ckptfuse.service import Service
 from tasks.tracking import tracking_uri
@@ -31,8 +32,10 @@ def _known_to_mlflow(root: str, tracking: str) -> Check:
     try:
         get_artifact_repository(root, tracking_uri=tracking)
     except Exception as error:  # MLflow's, and whatever the store's own package raises
-        said = shorten(f"{root}: {type(error).__name__}: {error}", 300)
+        said = shorten(without_passwords(f"{root}: {type(error).__name__}: {error}"), 300)
         mend = "correct mlflow.artifact_root, or install the package that MLflow needs for it"
         return failed(NAME, said, mend)
     said = f"{root} is of a kind that MLflow opens; writing there is not tried here"
-    return warning(NAME, said, "see whether the first fusion's artifacts arrive there")
+    return warning(
+        NAME, without_passwords(said), "see whether the first fusion's artifacts arrive there"
+    )

@@ -9,7 +9,7 @@ from ckptfuse.checks.check import carried_out
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.promotion import champion
 from ckptfuse.published import find_publication, publications
-from ckptfuse.records import PublicationRecord, RetirementRecord
+from ckptfuse.records import RetirementRecord
 from ckptfuse.service import Service
 from tasks.aliases import check_loadable
 from tasks.registry import FUSION_TAG, registry_of
@@ -35,11 +35,11 @@ def published(service: Service, *, in_mlflow: bool) -> Iterator[Check]:
         )
         yield versions
         if versions.state == "ok" and (present := champion(service)) is not None:
-            chosen = find_publication(service, present.fusion)
-            yield carried_out(CHAMPION, lambda: _loads(service, chosen), _MEND)
+            yield carried_out(CHAMPION, lambda: _loads(service, present.fusion), _MEND)
 
 
-def _loads(service: Service, chosen: PublicationRecord) -> Check:
+def _loads(service: Service, fusion: str) -> Check:
+    chosen = find_publication(service, fusion)
     with registry_of(service) as registry:
         check_loadable(service, registry, chosen)
     return ok(CHAMPION, f"version {chosen.version} ({chosen.tag}) has all of its files")

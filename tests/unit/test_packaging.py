@@ -8,6 +8,7 @@ import pytest
 
 from ckptfuse.errors import CorpusError
 from ckptfuse.merge.once import merge_once
+from ckptfuse.own_code import tokenizer_class
 from ckptfuse.store import FolderStore
 from ckptfuse.tokenizing import load_tokenizer, tokenizer_files_digest
 from tasks.packaging import package
@@ -82,6 +83,13 @@ def own(llamas: list[Path], tmp_path: Path) -> list[Path]:
         (path / "modeling_own.py").write_text(CODE)
         paths.append(path)
     return paths
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"auto_', b"[]", b'{"auto_map": null}', b"{}"])
+def test_a_damaged_configuration_names_no_code(damaged: bytes) -> None:
+    assert tokenizer_class({"tokenizer_config.json": damaged}) is None
+    named = b'{"auto_map": {"AutoTokenizer": "own.Own"}}'
+    assert tokenizer_class({"tokenizer_config.json": damaged, "config.json": named}) == "own.Own"
 
 
 def test_what_has_code_of_its_own_is_packaged_unrun_and_loads_where_it_is_trusted(

@@ -9,6 +9,7 @@ import yaml
 from ckptfuse.devices import VISIBLE
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.params import Params, default_params, load_params
+from ckptfuse.params_file import read_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -295,7 +296,15 @@ def test_variables_of_the_project_that_are_no_parameters_pass(
 
 
 @pytest.mark.parametrize(
-    "name", ["PORT", "PORT_80_TCP", "SERVICE_HOST", "WATCH_SERVICE_PORT", "METRICS_PORT", "VERSION"]
+    "name",
+    [
+        "PORT",
+        "PORT_80_TCP",
+        "SERVICE_HOST",
+        "WATCH_SERVICE_PORT",
+        "MLFLOW_TRACKING_PORT",
+        "VERSION",
+    ],
 )
 def test_what_kubernetes_and_images_set_is_warned_of_once_and_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
@@ -386,3 +395,15 @@ def test_the_projects_own_file_names_every_knob() -> None:
         if isinstance(values, dict):
             assert values.keys() == accepted[section].keys(), section
     assert load_params(ROOT / "params.yaml").trajectory == written["trajectory"]
+
+
+def test_a_mapping_that_is_merged_twice_is_given_once(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(
+        "base: {inner: &b {<<: {x: 1, y: 0}, y: 2}}\nother: {<<: *b, z: 3}\nlast: {<<: *b}\n"
+    )
+    assert read_file(file) == {
+        "base": {"inner": {"x": 1, "y": 2}},
+        "other": {"x": 1, "y": 2, "z": 3},
+        "last": {"x": 1, "y": 2},
+    }

@@ -40,8 +40,8 @@ def test_silence_is_told_once_for_each_newest_checkpoint(
     for n in range(4):
         record = checkpoint_record(n, modified=began + 20 * n)
         service.records.put(record.signature, record)
-    news.looked(service, Listing())
-    news.looked(service, Listing())
+    news.stalled(service, Listing())
+    news.stalled(service, Listing())
     ((event, step, text),) = told
     assert (event, step) == ("trajectory.stalled", 3)
     assert str(text).startswith("no checkpoint for 0:09:0")
@@ -59,4 +59,4 @@ def test_a_trainer_whose_checkpoints_wait_to_be_scored_is_not_silent(
         service.records.put(record.signature, record)
     file = Entry("model.safetensors", 1, "1", time.time())
     waiting = Checkpoint("step30", "/bucket/step30", 30, None, None, (file,))
-    news.looked(service, Listing(complete=(waiting,)))
+    news.stalled(service, Listing(complete=(waiting,)))
