@@ -17,7 +17,10 @@ RESULTS = Path(__file__).with_name("results")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One finished process: wall seconds, peak resident MiB, and what it printed."""
+    """One finished process: wall seconds, peak resident MiB, and what it printed.
+
+    The peak is at least what this process held when it started the other: Linux counts so.
+    """
 
     seconds: float
     peak_mib: float

@@ -7,7 +7,6 @@ start, since it waits for a thread that looks once a second whether to end.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptfuse.params import load_params
+from ckptfuse.peak import peak_memory
 from flows.environment import prepare
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         "verdicts": [verdict.verdict for verdict in summary.verdicts],
         "until_alias": stopwatch.last["alias"] - began if "alias" in stopwatch.last else None,
         "work": {n: s for n, s in stopwatch.seconds.items() if n != "alias"},
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak_memory() / 2**20,
     }
     print(json.dumps(told), flush=True)
 

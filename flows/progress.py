@@ -1,6 +1,5 @@
 """How a merge goes on, for whoever waits: bytes, rate, time left; at the end what it took."""
 
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from rich.progress import (
 )
 
 from ckptfuse.merge.tally import Tally
+from ckptfuse.peak import peak_memory
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def summary(tally: Tally) -> str:
     work = tally.reading + tally.adding + tally.writing
     shares = {"read": tally.reading, "accumulate": tally.adding, "hash and write": tally.writing}
     split = ", ".join(f"{name} {seconds / work:.0%}" for name, seconds in shares.items())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory() / 2**20
     return (
         f"read {tally.read / 1e9:.2f} GB, wrote {tally.written / 1e9:.2f} GB in "
         f"{tally.seconds:.1f} s ({(tally.read + tally.written) / 1e9 / tally.seconds:.1f} GB/s): "
