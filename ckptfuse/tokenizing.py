@@ -27,7 +27,10 @@ def tokenizer_files_digest(store: Store) -> str | None:
 
     Python beside them is one of them where the tokenizer is a class of its own.
     """
-    files = read_ancillary(store)
+    return _digest_of(read_ancillary(store))
+
+
+def _digest_of(files: dict[str, bytes]) -> str | None:
     has_code = tokenizer_class(files) is not None
     contents = [
         [path, len(data), content_digest(data)]
@@ -45,14 +48,15 @@ def load_tokenizer(store: Store, *, trust_remote_code: bool = False) -> Tokenize
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    digest_ = tokenizer_files_digest(store)
+    files = read_ancillary(store)
+    digest_ = _digest_of(files)
     if digest_ is None:
         raise CorpusError(
             f"{store.uri}: no tokenizer; set corpus.tokenizer in params.yaml (or --tokenizer) "
             "to a folder that has them"
         )
     transformers_logging.set_verbosity_error()  # "sequence longer than ...": we cut it ourselves
-    with offered(read_ancillary(store)) as folder:
+    with offered(files) as folder:
         try:
             # Said, not left out: transformers would ask on the terminal.
             tokenizer = AutoTokenizer.from_pretrained(

@@ -74,9 +74,9 @@ def check_loadable(service: Service, registry: Registry, chosen: PublicationReco
         raise PublicationError(f"{name} was deleted by retention: {retired.reason}")
     fusion = service.records.get(FusionRecord, chosen.fusion)
     version = registry.find_version(chosen.fusion)  # another server has other numbers
-    missing = registry.missing(version or chosen.version, fusion.sizes if fusion else {})
-    if version is None:
-        missing = "it is not registered any more"
+    missing: str | None = "it is not registered any more"
+    if version is not None:
+        missing = registry.missing(version, fusion.sizes if fusion else {})
     if missing is not None:
         raise PublicationError(f"{name} of {chosen.model_name} would not load: {missing}")
 

@@ -69,6 +69,6 @@ def _link(found: Mapping[str, Path], merged: FusionRecord, target: Path) -> bool
         return False
     with new_folder(target, last=PROVENANCE) as folder:
         for name, place in found.items():
-            lay = link_file if is_weights(place) else shutil.copyfile
+            lay = link_file if is_weights(Path(name)) else shutil.copyfile  # DVC's have no names
             lay(place, folder / name)
     return True

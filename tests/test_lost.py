@@ -137,6 +137,8 @@ def test_weights_come_back_from_the_ledger_or_else_the_registry_or_not_at_all(
         return copy.is_dir()
 
     assert comes_back()
+    weights = DvcCache(ledger_of(service)).model(first.tag)["model.safetensors"]
+    assert weights.samefile(copy / "model.safetensors"), "a link: no more disk"
     for path in objects:
         path.unlink()
     assert comes_back()
