@@ -6,7 +6,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup packages demo test lint test-faults test-stack stack stack-down
+.PHONY: help setup packages demo test lint test-faults test-gpu test-stack stack stack-down
 .PHONY: bench-merge bench-merge-s3 bench-score bench-scale experiments clean
 
 PYTHON ?=
@@ -36,7 +36,7 @@ demo: $(READY) ## pretrain a small model while the service watches, fuses, regis
 
 # Three processes: those of the service wait for servers and for each other much of the time.
 test: packages $(READY) lint ## lint, types and the tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not stack"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults and not stack and not gpu"
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -45,6 +45,10 @@ lint: $(READY) ## ruff and mypy
 
 test-faults: $(READY) ## the tests that kill the service again and again
 	$(BIN)/python -m pytest -n 2 --dist load -m faults
+
+# Without the conftest.py above it wants torch, transformers and what the library imports, no more.
+test-gpu: $(READY) ## scoring on this machine's GPU (1 min)
+	$(BIN)/python -m pytest tests/gpu --confcutdir tests/gpu
 
 test-stack: packages $(READY) ## the native stack: a trainer, workers that score and merge, a killed one (20 min)
 	$(BIN)/python -m pytest -m stack

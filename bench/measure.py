@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 _LIBRARIES = ("numpy", "ml_dtypes", "torch", "transformers", "safetensors")
 RESULTS = Path(__file__).with_name("results")
@@ -76,3 +77,11 @@ def write_results(name: str, about: Mapping[str, str], figures: object, text: st
     (RESULTS / f"{name}.json").write_text(f"{values}\n")
     (RESULTS / f"{name}.md").write_text(text)
     print(text)
+
+
+def read_results(name: str, about: Mapping[str, str]) -> dict[str, Any]:
+    """The figures of ``results/NAME.json``; raises RuntimeError if another machine's."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    if found["machine"] != about:
+        raise RuntimeError(f"{name}.json is of another machine: {found['machine']}")
+    return found["figures"]  # type: ignore[no-any-return]

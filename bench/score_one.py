@@ -40,19 +40,14 @@ def make_model(shape: Shape, device: str) -> torch.nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def documents_of(shape: Shape) -> list[np.ndarray]:
-    """Token ids of equally long documents; token 0 is the begin of a sequence."""
-    drawn = np.random.default_rng(0).integers(1, shape.vocabulary, (shape.documents, shape.length))
-    return list(drawn.astype(np.int32))
-
-
 def ckptfuse_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
-    """As in the score job."""
+    """As in the score job: the others' layout, or its own where documents are of all lengths."""
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
-    streams = [np.concatenate([[0], tokens]).astype(np.int32) for tokens in documents_of(shape)]
+    streams = [np.concatenate([[0], tokens]).astype(np.int32) for tokens in shape.texts()]
     owners = np.repeat(np.arange(len(streams), dtype=np.int32), [len(s) for s in streams])
-    spans = np.asarray(Cut(shape.context, layout="rolling").spans(owners))
+    cut = Cut(shape.context, layout="packed" if shape.mixed else "rolling")
+    spans = np.asarray(cut.spans(owners))
     starts, ends, context = spans.T
     blocks = Blocks(
         "bench", ("text",), np.concatenate(streams), starts, (ends - starts).astype(np.int32),
@@ -68,7 +63,7 @@ def guide_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
 
     def score() -> float:
         total = 0.0
-        for tokens in documents_of(shape):
+        for tokens in shape.texts():
             stream = torch.from_numpy(np.concatenate([[0], tokens])).long()[None].to(device)
             for begin in range(0, stream.shape[1] - 1, shape.context):
                 window = stream[:, begin : begin + shape.context + 1]
@@ -81,23 +76,23 @@ def guide_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
 
 
 def harness_scorer(model: torch.nn.Module, shape: Shape, batch_size: int) -> Scorer:
-    """lm-evaluation-harness's loglikelihood_rolling, with a tokenizer that reads token ids."""
+    """lm-evaluation-harness's loglikelihood_rolling, of text whose token ids are at hand."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    known = {"<s>": 0} | {str(number): number for number in range(1, shape.vocabulary)}
-    words = Tokenizer(models.WordLevel(known, "<s>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = Tokenizer(models.WordLevel({"<s>": 0}, "<s>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="<s>")
     harness = HFLM(
         pretrained=model, tokenizer=tokenizer, max_length=shape.context, batch_size=batch_size,
         softmax_dtype="float32", device=str(next(model.parameters()).device),
     )  # fmt: skip
+    ids = {str(n): tokens.tolist() for n, tokens in enumerate(shape.texts())}
+    harness.tok_encode = lambda text, **_: ids[text]  # tokenising is not what is compared
     asked = [
-        Instance("loglikelihood_rolling", doc={}, arguments=(" ".join(map(str, tokens)),), idx=n)
-        for n, tokens in enumerate(documents_of(shape))
+        Instance("loglikelihood_rolling", doc={}, arguments=(text,), idx=n)
+        for n, text in enumerate(ids)
     ]
     return lambda: -sum(harness.loglikelihood_rolling(asked, disable_tqdm=True))
 
@@ -164,14 +159,13 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     score = makers[arguments.scorer]()
-    tokens = shape.documents * shape.length
     peak = Peak(device)
-    first = {"loss": score() / tokens, "peak MiB above the weights": peak.above()}
+    first = {"loss": score() / shape.tokens, "peak MiB above the weights": peak.above()}
     print(json.dumps(first), file=answers, flush=True)
     for _ in sys.stdin:
         started = _now(device)
         score()
-        rate, matrix = tokens / (_now(device) - started), matrix_rate(model)
+        rate, matrix = shape.tokens / (_now(device) - started), matrix_rate(model)
         turn = {
             "tokens a second": rate,
             "model FLOP utilisation": rate * shape.flop_a_token() / matrix,

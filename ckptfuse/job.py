@@ -24,6 +24,7 @@ import torch
 
 from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.compiled import keep_in
 from ckptfuse.conversion import convert
 from ckptfuse.engines import by_command, by_model
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
@@ -273,6 +274,8 @@ def main(path: str) -> None:
     _keep_to(request.reading)
     if request.numerics.device_class == "cpu":
         keep_freed_memory()
+    elif request.scratch is not None:
+        keep_in(Path(request.scratch, "compiled"))
     run(request)
 
 

@@ -7,11 +7,13 @@ running job.
 """
 
 import gc
+import importlib
 import os
 import select
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from typing import Literal
 
 from pydantic import BaseModel
@@ -59,8 +61,12 @@ def _load() -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import ckptfuse.job
     import ckptfuse.modeling
+    from ckptfuse.devices import visible_gpus
 
     ckptfuse.modeling.load_transformers()
+    if visible_gpus():
+        with suppress(ImportError):  # what torch.compile needs there, 3 s of each job else
+            importlib.import_module("torch._inductor.compile_fx")
     gc.freeze()
     gc.enable()
 

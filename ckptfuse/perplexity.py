@@ -13,6 +13,7 @@ log-softmax, whatever the model computes in, and summed in float64. Blocks of on
 scored together, none is padded.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from ckptfuse.blocks import Blocks
+from ckptfuse.compiled import compiled_where_it_pays
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.token_losses import TokenLosses
 
@@ -28,7 +30,7 @@ from ckptfuse.token_losses import TokenLosses
 CPU_BATCH_TOKENS = 2_048
 #: On a GPU: what fits into this part of the free memory, as measured on one block, at most so many.
 GPU_SHARE = 0.7
-GPU_BATCH_TOKENS = 262_144
+GPU_BATCH_TOKENS = 65_536  # larger ones are no faster
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ def score_blocks(
     _check_vocabulary(blocks, vocabulary)
     losses = TokenLosses(model, vocabulary=vocabulary)
     size = batch_tokens or _fitting(losses, blocks)
+    score = compiled_where_it_pays(losses, model, *_commonest_batch(blocks, size), notice)
     nll = np.empty(len(blocks), dtype=np.float64)
     done = 0
     for alike in groups(blocks):
         while len(alike):
-            rows = alike[: max(size // int(blocks.lengths[alike[0]]), 1)]
+            rows = alike[: _rows_of(blocks, alike, size)]
             try:
-                nll[rows] = losses(*_rows(blocks, rows)).numpy()
+                nll[rows] = score(*_rows(blocks, rows)).numpy()
             except torch.OutOfMemoryError as error:
                 size = _halved(rows, blocks, error)
             else:
@@ -95,6 +98,20 @@ def groups(blocks: Blocks) -> Iterator[NDArray[np.intp]]:
     borders = np.flatnonzero(np.any(np.diff(shapes), axis=0)) + 1
     for group in np.split(order, borders):
         yield np.sort(group)
+
+
+def _rows_of(blocks: Blocks, alike: NDArray[np.intp], size: int) -> int:
+    """Blocks of a batch of about ``size`` tokens, for blocks of one length."""
+    return max(size // int(blocks.lengths[alike[0]]), 1)
+
+
+def _commonest_batch(blocks: Blocks, size: int) -> tuple[tuple[int, int], int]:
+    """The shape of batches that most tokens are scored in, and how many tokens those are."""
+    tokens: Counter[tuple[int, int]] = Counter()
+    for alike in groups(blocks):
+        rows, length = _rows_of(blocks, alike, size), int(blocks.lengths[alike[0]])
+        tokens[rows, length] += len(alike) // rows * rows * length
+    return tokens.most_common(1)[0]
 
 
 def _rows(blocks: Blocks, rows: NDArray[np.intp]) -> tuple[torch.Tensor, int]:

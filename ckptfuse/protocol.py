@@ -93,7 +93,7 @@ class Request(Message):
     model: str | None = None  # folder with the config.json of what the converter makes
     reading: Reading = Reading()
     command: tuple[str, ...] = ()  # what scores in our scorer's place, see engines.py
-    scratch: str | None = None  # a folder for merges that such a command reads
+    scratch: str | None = None  # a folder for what a job leaves and can be made again
 
 
 class Read(Message):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ckptfuse.errors import CkptfuseError
+from ckptfuse.log_sum_exp import log_sum_exp_
 
 #: float32 logits at a time. On a CPU they stay in the caches; a GPU wants large matrix products.
 TILE_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
@@ -134,20 +135,8 @@ def _losses(tiles: Iterable[Tile], targets: torch.Tensor) -> torch.Tensor:
         here = (column >= 0) & (column < logits.shape[1])
         found = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         chosen = torch.where(here, found.double(), chosen)
-        total = torch.logaddexp(total, _logsumexp_(logits))
+        total = torch.logaddexp(total, log_sum_exp_(logits))
     return total - chosen
-
-
-def _logsumexp_(logits: torch.Tensor) -> torch.Tensor:
-    """Of each row of [N, C], float64 [N], computed in float32. Overwrites float32 logits.
-
-    ``torch.logsumexp`` makes new tiles on its way and takes twice as long.
-    """
-    lowest = torch.finfo(torch.float32).min  # of a row of -inf, so that none is taken from another
-    highest = logits.amax(dim=1, keepdim=True).float().clamp_(min=lowest)
-    above = logits.sub_(highest) if logits.dtype == torch.float32 else logits - highest
-    summed = above.exp_().sum(dim=1)
-    return summed.double().log_() + highest[:, 0]
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The GPUs: does torch see what the driver shows, does it compute there, does a model fit?"""
 
+import os
+import tempfile
 from pathlib import Path
 
 from ckptfuse.checks.check import Check, failed, ok, warning
@@ -12,8 +14,11 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _MARGIN = 1.2
 
 
-def gpu(params: ScoringParams, model: int | None) -> Check:
-    """``model``: bytes of a checkpoint's weights, None where none is there to tell."""
+def gpu(params: ScoringParams, model: int | None, folder: Path | None = None) -> Check:
+    """``model``: bytes of a checkpoint's weights, None where none is there to tell.
+
+    ``folder``: one where the service writes, for what is compiled; None: that of temporary files.
+    """
     if params.device == "cpu":
         return ok(NAME, "none is needed: scoring.device is cpu")
     if not visible_gpus():
@@ -30,10 +35,10 @@ def gpu(params: ScoringParams, model: int | None) -> Check:
             "run this on the machine that scores; in a container pass the GPU in (--gpus all, "
             "nvidia.com/gpu)",
         )
-    return _seen_by_torch(params, model)
+    return _seen_by_torch(params, model, folder)
 
 
-def _seen_by_torch(params: ScoringParams, model: int | None) -> Check:
+def _seen_by_torch(params: ScoringParams, model: int | None, folder: Path | None) -> Check:
     import torch
 
     driver = driver_version()
@@ -63,7 +68,8 @@ def _seen_by_torch(params: ScoringParams, model: int | None) -> Check:
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(count)}))
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
     said = f"{count} x {names}, {memory / 1e9:.0f} GB each, driver {driver}; torch computed there"
-    return _enough(said, params.gpus_per_job, count, memory, model)
+    check = _enough(said, params.gpus_per_job, count, memory, model)
+    return check if check.state != "ok" or _compiles(folder) else _slower(said)
 
 
 def _does_not_compute(index: int) -> str | None:
@@ -76,6 +82,28 @@ def _does_not_compute(index: int) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None if found == 64.0**3 else f"{found} came out where {64.0**3} is right"
+
+
+def _compiles(folder: Path | None) -> bool:
+    """Whether Triton makes a kernel here that runs."""
+    from ckptfuse.log_sum_exp import kernel
+
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(dir=folder) as kernels:
+        os.environ["TRITON_CACHE_DIR"] = kernels
+        try:
+            return kernel() is not None
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _slower(said: str) -> Check:
+    return warning(
+        NAME,
+        f"{said}, but no kernel can be compiled: scoring takes up to two fifths longer",
+        "install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)",
+    )
 
 
 def _enough(said: str, per_job: int, count: int, memory: int, model: int | None) -> Check:

@@ -29,7 +29,7 @@ def checks(params: Params) -> Iterator[Check]:
     root = Path(params.workspace)
     model = found.size if found else None
     yield from _of_workspace(root, model, keeps_all=params.retention.last is None)
-    yield gpu.gpu(params.scoring, model)
+    yield gpu.gpu(params.scoring, model, root if root.is_dir() else None)
     yield from _of_servers(params, has_workspace=root.is_dir())
 
 

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -260,6 +261,29 @@ def test_a_cpu_build_of_torch_beside_a_gpu_is_told(monkeypatch: pytest.MonkeyPat
     assert check.state == "failed"
     assert "is built for CPUs" in check.said
     assert "constraints.txt" in str(check.mend)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="asks a CPU build of torch")
+def test_a_gpu_that_no_kernel_can_be_compiled_for_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch says what it would say of a GPU; that there is no Triton here is true."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    memory = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: memory)
+    monkeypatch.setattr(gpu, "_does_not_compute", lambda index: None)
+    before = dict(os.environ)
+    check = gpu.gpu(ScoringParams(device="cuda"), 10**9, tmp_path)
+    assert check.state == "warning"
+    assert "1 x a GPU" in check.said
+    assert "no kernel can be compiled" in check.said
+    assert "gcc python3-dev" in str(check.mend)
+    assert dict(os.environ) == before
+    assert not list(tmp_path.iterdir())
 
 
 # -- where artifacts go --------------------------------------------------------------------------
