@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.peak import peak_memory
 from flows.environment import prepare
 

@@ -13,7 +13,7 @@ import yaml
 
 from ckptfuse.checkpoints import Checkpoint
 from ckptfuse.listing import Conventions, find
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.records import (
     CheckpointRecord,
     DomainScore,

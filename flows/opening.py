@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect.settings import PREFECT_API_URL
 
 from ckptfuse.jobs import Here, Runner
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.service import Service, open_service
 from flows.environment import prepare
 from tasks.ahead import ImportingAhead

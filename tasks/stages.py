@@ -21,7 +21,7 @@ from ckptfuse.errors import (
 )
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.gate import Share
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.protocol import CheckpointModel, Input
 from ckptfuse.records import CheckpointRecord, Member, PlanRecord
 from ckptfuse.score_files import export_scores, import_scores

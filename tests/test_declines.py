@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from ckptfuse.checkpoints import Checkpoint
 from ckptfuse.errors import StoreError
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import discover, look_file, next_actions
 from flows.cli import app

@@ -23,7 +23,7 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed, Crashed, Failed
 
 from ckptfuse.errors import ConfigurationError
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.service import open_service
 from ckptfuse.store import FolderStore
 from flows.automations import NEWS, ZOMBIE_AFTER

@@ -23,7 +23,7 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from ckptfuse.checks import Check
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import look_file
 from flows.watch import look

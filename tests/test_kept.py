@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import ChangedCheckpoint, MissingFile
 from ckptfuse.fingerprints import fingerprint_of
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.published import find_publication
 from ckptfuse.records import GateRecord, PlanRecord, PublicationRecord
 from ckptfuse.service import Service, open_service, plans_of

@@ -18,7 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from ckptfuse.corpus import read_corpus
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.records import PromotionRecord
 from ckptfuse.score_files import read_scores
 from ckptfuse.service import open_service
@@ -61,7 +61,6 @@ def test_the_fusion_beats_every_single_checkpoint_on_text_that_chose_nothing(
     finished: Project,
 ) -> None:
     from ckptfuse.overview import overview
-    from ckptfuse.params import load_params
     from ckptfuse.service import open_service
 
     seen = overview(open_service(load_params(Path(finished.params_file))), "report")

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from ckptfuse.digests import file_content
 from ckptfuse.overview import overview
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.published import publications
 from ckptfuse.records import FusionRecord
 from ckptfuse.service import Service, open_service

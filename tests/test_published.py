@@ -14,7 +14,7 @@ import yaml
 from mlflow import MlflowClient
 from typer.testing import CliRunner, Result
 
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.promotion import champion, promote_by_hand, rollback_by_hand
 from ckptfuse.published import find_publication, publications
 from ckptfuse.records import PromotionRecord, PublicationRecord, RetirementRecord

@@ -98,6 +98,7 @@ def test_the_decay_branch_is_drawn_from_the_step_it_left_the_run(studied: Projec
         (["study", "bucket", "--corpus", "a=none.jsonl"], "none.jsonl"),
         (["backfill", "--from", "9", "--to", "3"], "nothing lies between"),
         (["backfill", "elsewhere", "--corpus", "a=b"], "name another for"),
+        (["backfill", "--workspace", "bucket/ours"], "lies in the bucket"),
         (["backfill", "--every", "0"], "Invalid value for '--every'"),
     ],
 )

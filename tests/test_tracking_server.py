@@ -18,7 +18,7 @@ import yaml
 
 import tasks.tracking
 from ckptfuse.errors import PublicationError
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from ckptfuse.published import find_publication
 from ckptfuse.service import open_service
 from ckptfuse.store import open_store

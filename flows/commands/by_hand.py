@@ -100,7 +100,8 @@ def corpus(
 ) -> None:
     """Look through target text: documents, tokens, copies, near-duplicates across splits."""
     from ckptfuse.inspection import inspect_corpus
-    from ckptfuse.params import CorpusParams, load_params
+    from ckptfuse.params import CorpusParams
+    from ckptfuse.params_loading import load_params
     from flows.show import print_corpus, reading_bar
 
     if domains:

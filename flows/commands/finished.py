@@ -67,7 +67,7 @@ def _given(
 ) -> tuple["Params", str]:
     """Parameters of the command line over those of a file, in a file of their own."""
     from ckptfuse.given import params_given
-    from ckptfuse.params import keep_apart
+    from ckptfuse.params_loading import keep_apart
     from ckptfuse.workspace import make_folder
 
     base, has_file = _base(params)
@@ -100,7 +100,8 @@ def _given(
 
 def _base(params: Path | None) -> tuple["Params", bool]:
     """What the arguments stand on: a file, if there is one."""
-    from ckptfuse.params import PARAMS_FILE, default_params, load_params
+    from ckptfuse.params import PARAMS_FILE
+    from ckptfuse.params_loading import default_params, load_params
 
     if params or os.environ.get("CKPTFUSE_PARAMS") or Path(PARAMS_FILE).is_file():
         return load_params(params), True
@@ -148,7 +149,7 @@ def study(
         raise ConfigurationError(f"--tokens-per-step {tokens_per_step:g}: more than 0 is expected")
     from ckptfuse import study as studying
     from ckptfuse.given import params_given, study_folder
-    from ckptfuse.params import default_params, keep_apart, load_params
+    from ckptfuse.params_loading import default_params, keep_apart, load_params
     from ckptfuse.study.choices import DEFAULT_RULES
 
     choices = studying.parse_rules(rules or DEFAULT_RULES)

@@ -60,7 +60,7 @@ def notify(
     from tasks.notify import api_url, checkpoint_written
 
     if trajectory is None:
-        from ckptfuse.params import load_params
+        from ckptfuse.params_loading import load_params
 
         trajectory = load_params(params).trajectory
     checkpoint_written(trajectory, uri=uri)

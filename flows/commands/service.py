@@ -27,7 +27,8 @@ PATIENCE = 30.0  # seconds; a server on a busy machine is slow to answer
 
 def load(params: Path | None) -> tuple["Params", str]:
     """The parameters and their file, with the environment ready for Prefect and MLflow."""
-    from ckptfuse.params import PARAMS_FILE, load_params
+    from ckptfuse.params import PARAMS_FILE
+    from ckptfuse.params_loading import load_params
     from flows.environment import prepare
 
     loaded = load_params(params)

@@ -26,7 +26,8 @@ from rich.table import Table
 from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.losses import Estimate, Losses, combine
 from ckptfuse.overview import PUBLISHED, Overview, overview, steps_saved
-from ckptfuse.params import PARAMS_FILE, Params, load_params
+from ckptfuse.params import PARAMS_FILE, Params
+from ckptfuse.params_loading import load_params
 from ckptfuse.records import CheckpointRecord
 from ckptfuse.report.page import write_report
 from ckptfuse.service import Service, losses_of, open_service, target_loss

@@ -22,7 +22,7 @@ from shlex import quote
 
 from ckptfuse.devices import visible_gpus
 from ckptfuse.errors import CkptfuseError
-from ckptfuse.params import load_params
+from ckptfuse.params_loading import load_params
 from flows.environment import prepare
 from infra.native.postgres import FAST_SHUTDOWN, Cluster, free_port, open_cluster
 from infra.native.processes import Daemon

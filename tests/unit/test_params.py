@@ -8,8 +8,9 @@ import yaml
 
 from ckptfuse.devices import VISIBLE
 from ckptfuse.errors import ConfigurationError
-from ckptfuse.params import Params, default_params, load_params
+from ckptfuse.params import Params
 from ckptfuse.params_file import read_file
+from ckptfuse.params_loading import default_params, load_params
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,11 +9,19 @@ import pytest
 
 from ckptfuse.errors import CkptfuseError, JobError
 from ckptfuse.promotion import champion, waiting
-from ckptfuse.records import FusionRecord, PlanRecord, PublicationRecord, VetoRecord
+from ckptfuse.records import (
+    FusionRecord,
+    PlanRecord,
+    PromotionRecord,
+    PublicationRecord,
+    VetoRecord,
+)
 from ckptfuse.service import Service
 from ckptfuse.steps.promote import decide_promotion, settle
 from ckptfuse.steps.veto import hear_veto
 from ckptfuse.veto import ask, outcome
+from tasks import aliases
+from tasks.marks import mark
 from tests.helpers import make_service, member, plan_record, record_losses
 
 MEMBERS = [member(100, 3.0), member(200, 3.0)]
@@ -87,6 +95,28 @@ def test_a_candidate_waits_until_its_veto_was_heard(service: Service) -> None:
         "no veto, 2 items won and 0 lost of 20 (p 1)"
     )
     assert champion(service) == promotion
+
+
+def test_an_answer_that_comes_while_a_look_settles_is_heard_by_the_next(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(service, 200, 3.0, range(10))
+    publish(service, 300, 2.9, range(12))
+    present = champion(service)
+    assert present is not None
+    mark(service, aliases._MARK, str(present.number))  # the alias is no part of this
+
+    def settle_as_it_comes(service: Service) -> list[PromotionRecord]:
+        found = settle(service)
+        hear_veto(service)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(aliases, "settle", settle_as_it_comes)
+        assert aliases.settle_champion.fn(service) == []
+    assert not aliases.is_settled(service)
+    (promotion,) = settle(service)
+    assert promotion.promoted
 
 
 def test_a_candidate_that_answers_worse_stays_one_however_low_its_loss(service: Service) -> None:
