@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,13 +15,21 @@ from typing import Any
 _LIBRARIES = ("numpy", "ml_dtypes", "torch", "transformers", "safetensors")
 RESULTS = Path(__file__).with_name("results")
 
+#: To Linux a process's peak is at least what the one that started it held: so a small one does.
+_LAUNCH = """
+import resource, subprocess, sys, time
+started = time.perf_counter()
+status = subprocess.call(sys.argv[2:])
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+open(sys.argv[1], "w").write(f"{seconds} {peak}")
+sys.exit(status != 0)
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One finished process: wall seconds, peak resident MiB, and what it printed.
-
-    The peak is at least what this process held when it started the other: Linux counts so.
-    """
+    """One finished process: wall seconds, peak resident MiB, and what it printed."""
 
     seconds: float
     peak_mib: float
@@ -30,18 +38,15 @@ class Process:
 
 def run(command: Sequence[str]) -> Process:
     """Run a command to its end; raises RuntimeError with its words when it fails."""
-    started = time.perf_counter()
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_quiet()
-    )
-    assert child.stdout is not None
-    output = child.stdout.read()
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - started
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{output[-3000:]}")
-    return Process(seconds, usage.ru_maxrss / 1024, output)
+    with tempfile.NamedTemporaryFile("r") as told:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _LAUNCH, told.name, *command],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_quiet(),
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
+        seconds, kib = map(float, told.read().split())
+    return Process(seconds, kib / 1024, done.stdout)
 
 
 def _quiet() -> dict[str, str]:
