@@ -160,6 +160,7 @@ def _score_model(
                 split=item.split,
                 numerics=request.numerics,
                 batch_tokens=found.batch_tokens,
+                compiled=found.compiled,
             )
             predicted += int(losses.tokens.sum())
     seconds = time.perf_counter() - started

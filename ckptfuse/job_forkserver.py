@@ -65,7 +65,7 @@ def _load() -> None:
 
     ckptfuse.modeling.load_transformers()
     if visible_gpus():
-        with suppress(ImportError):  # what torch.compile needs there, 3 s of each job else
+        with suppress(Exception):  # what torch.compile needs there, 3 s of each job else
             importlib.import_module("torch._inductor.compile_fx")
     gc.freeze()
     gc.enable()

@@ -33,11 +33,16 @@ def _by_torch(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def kernel() -> LargestAndSum | None:
-    """The GPU's kernel; None where Triton is missing or cannot compile (it wants a C compiler)."""
+    """The GPU's kernel; None where there can be none."""
     try:
-        from ckptfuse.log_sum_exp_kernel import largest_and_sum
-
-        largest_and_sum(torch.zeros(1, 1, device="cuda"))
-    except Exception:  # a compiler and a driver may fail in any way
+        return load_kernel()
+    except Exception:
         return None
+
+
+def load_kernel() -> LargestAndSum:
+    """The GPU's kernel, compiled and tried. Raises whatever compiler and driver do."""
+    from ckptfuse.log_sum_exp_kernel import largest_and_sum
+
+    largest_and_sum(torch.zeros(1, 1, device="cuda"))
     return largest_and_sum

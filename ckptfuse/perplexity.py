@@ -37,11 +37,13 @@ GPU_BATCH_TOKENS = 65_536  # larger ones are no faster
 class BlockLosses:
     """Negative log-likelihood of each block in nats, float64 [B], in the order of the blocks.
 
-    ``batch_tokens``: the tokens of one forward pass that it was found with at last.
+    ``batch_tokens``: the tokens of one forward pass that it was found with at last. ``compiled``:
+    whether full batches went through compiled layers.
     """
 
     nll: NDArray[np.float64]
     batch_tokens: int
+    compiled: bool = False
 
 
 def score_blocks(
@@ -62,7 +64,8 @@ def score_blocks(
     _check_vocabulary(blocks, vocabulary)
     losses = TokenLosses(model, vocabulary=vocabulary)
     size = batch_tokens or _fitting(losses, blocks)
-    score = compiled_where_it_pays(losses, model, *_commonest_batch(blocks, size), notice)
+    faster = compiled_where_it_pays(losses, model, *_commonest_batch(blocks, size), notice)
+    score = faster or losses
     nll = np.empty(len(blocks), dtype=np.float64)
     done = 0
     for alike in groups(blocks):
@@ -79,7 +82,7 @@ def score_blocks(
                 continue
             torch.cuda.empty_cache()  # not before: the error held what the batch had taken
             notice(f"out of memory: going on with {size} tokens a batch")
-    return BlockLosses(nll, size)
+    return BlockLosses(nll, size, compiled=faster is not None and faster.is_used)
 
 
 def _check_vocabulary(blocks: Blocks, vocabulary: int) -> None:

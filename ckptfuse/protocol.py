@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ckptfuse.digests import digest
 
-PROTOCOL = 1
+#: Raised where what is computed on such a device changes. 2: compiled layers.
+PROTOCOL = {"cpu": 1, "cuda": 2}
 
 
 class Message(BaseModel):
@@ -28,7 +29,7 @@ class Numerics(Message):
     device_class: Literal["cpu", "cuda"]
     converter: str | None = None  # see conversion.identity
     engine: str | None = None  # scoring.command; None is our own scorer
-    protocol: int = PROTOCOL
+    protocol: int = 1
 
     @cached_property
     def key(self) -> str:

@@ -60,6 +60,7 @@ class ScoreRecord(Record):
     split: str
     numerics: str
     batch_tokens: int
+    compiled: bool = False  # whether full batches went through compiled layers
     domains: dict[str, DomainScore]
 
 

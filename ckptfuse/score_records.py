@@ -25,6 +25,7 @@ def write_score(
     split: str,
     numerics: Numerics,
     batch_tokens: int,
+    compiled: bool,
 ) -> None:
     """Write the score record of one model on one set of blocks."""
     record = ScoreRecord(
@@ -33,6 +34,7 @@ def write_score(
         split=split,
         numerics=numerics.key,
         batch_tokens=batch_tokens,
+        compiled=compiled,
         domains=summarise(losses),
     )
     arrays: Arrays = {

@@ -18,6 +18,7 @@ from ckptfuse.losses import Estimate, Losses, combine
 from ckptfuse.meter import Meter
 from ckptfuse.params import Params, ScoringParams
 from ckptfuse.protocol import (
+    PROTOCOL,
     BlockSet,
     Event,
     Model,
@@ -43,6 +44,7 @@ def numerics(params: ScoringParams) -> Numerics:
             "device_class": device,
             "converter": conversion.identity(params.converter, params.model),
             "engine": shlex.join(params.command) or None,
+            "protocol": PROTOCOL[device],
         }
     )
 

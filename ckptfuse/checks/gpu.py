@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ckptfuse.checks.check import Check, failed, ok, warning
@@ -9,6 +11,7 @@ from ckptfuse.devices import VISIBLE, visible_gpus
 from ckptfuse.params import ScoringParams
 
 NAME = "GPU"
+_KERNELS = "TRITON_CACHE_DIR"
 _DRIVER = Path("/proc/driver/nvidia/version")
 #: Of a model's weights, for what scoring needs beside them.
 _MARGIN = 1.2
@@ -69,7 +72,7 @@ def _seen_by_torch(params: ScoringParams, model: int | None, folder: Path | None
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
     said = f"{count} x {names}, {memory / 1e9:.0f} GB each, driver {driver}; torch computed there"
     check = _enough(said, params.gpus_per_job, count, memory, model)
-    return check if check.state != "ok" or _compiles(folder) else _slower(said)
+    return _compiles(check, folder) if check.state == "ok" else check
 
 
 def _does_not_compute(index: int) -> str | None:
@@ -84,26 +87,35 @@ def _does_not_compute(index: int) -> str | None:
     return None if found == 64.0**3 else f"{found} came out where {64.0**3} is right"
 
 
-def _compiles(folder: Path | None) -> bool:
-    """Whether Triton makes a kernel here that runs."""
-    from ckptfuse.log_sum_exp import kernel
+def _compiles(check: Check, folder: Path | None) -> Check:
+    """This check, or a warning that Triton makes no kernel here."""
+    from ckptfuse.log_sum_exp import load_kernel
 
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory(dir=folder) as kernels:
-        os.environ["TRITON_CACHE_DIR"] = kernels
-        try:
-            return kernel() is not None
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as kernels, _variable(_KERNELS, kernels):
+            load_kernel()
+    except Exception as error:  # a compiler and a driver may fail in any way
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return warning(
+            NAME,
+            f"{check.said}, but no kernel can be compiled ({reason}): scoring takes up to two "
+            "fifths longer",
+            "install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev), "
+            "and let files be run where the workspace lies",
+        )
+    return check
 
 
-def _slower(said: str) -> Check:
-    return warning(
-        NAME,
-        f"{said}, but no kernel can be compiled: scoring takes up to two fifths longer",
-        "install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev)",
-    )
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _enough(said: str, per_job: int, count: int, memory: int, model: int | None) -> Check:

@@ -42,20 +42,25 @@ def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_given_up", set())
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
     torch._dynamo.reset()
     counter = CompileCounter()
-    traced = torch.compile(module._forward, backend=counter, dynamic=False)
+    traced = torch.compile(module._forward, backend=counter, dynamic=False, fullgraph=True)
     monkeypatch.setattr(module, "_compiled_forward", lambda: traced)
     return counter
 
 
 def losses_of(
     model: torch.nn.Module, notice: Callable[[str], None] = lambda text: None
-) -> module._CompiledLosses:
+) -> module.CompiledLosses:
     plain = TokenLosses(model, vocabulary=96)
-    return module._CompiledLosses(plain, layers_of(model), (4, 16), notice)
+    return module.CompiledLosses(plain, layers_of(model), (4, 16), notice)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +87,13 @@ def test_the_shape_that_most_tokens_are_scored_in_is_compiled(
 ) -> None:
     model = make()
     blocks = blocks_of_lengths([9] * 3 + [16] * 9 + [5])
-    expected = score_blocks(model, blocks, vocabulary=96, batch_tokens=64).nll
+    expected = score_blocks(model, blocks, vocabulary=96, batch_tokens=64)
     assert graphs.frame_count == 0
     monkeypatch.setattr(module, "_DEVICE", "cpu")
     monkeypatch.setattr(module, "ENOUGH", 2 * 128 * sum(p.numel() for p in model.parameters()))
-    found = score_blocks(model, blocks, vocabulary=96, batch_tokens=64).nll
-    assert found == pytest.approx(expected, rel=1e-6)
+    found = score_blocks(model, blocks, vocabulary=96, batch_tokens=64)
+    assert found.nll == pytest.approx(expected.nll, rel=1e-6)
+    assert (found.compiled, expected.compiled) == (True, False)
     assert graphs.frame_count == 1
     shorter = blocks_of_lengths([9] * 3 + [16] * 7 + [5])  # one full batch less
     score_blocks(make("mistral"), shorter, vocabulary=96, batch_tokens=64)
@@ -132,14 +138,16 @@ def test_a_compiler_that_fails_is_told_once_and_done_without(
     losses, expected = losses_of(model, said.append), TokenLosses(model, vocabulary=96)(TOKENS, 1)
     assert torch.equal(losses(TOKENS, 1), expected)
     assert torch.equal(losses(TOKENS, 1), expected)
+    assert torch.equal(losses_of(make(), said.append)(TOKENS, 1), expected)
     assert said == ["going on without torch.compile: RuntimeError: no C compiler"]
+    assert not losses.is_used
 
 
 def test_layers_that_compile_to_something_else_are_found_and_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def forward(layer: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
-        return module._forward(layer, *arguments, **named) * 1.01
+        return module._forward(layer, *arguments, **named).roll(1, dims=1)
 
     monkeypatch.setattr(module, "_compiled_forward", lambda: forward)
     said: list[str] = []
@@ -167,7 +175,7 @@ def test_what_is_compiled_is_a_gpus_large_work_on_layers_that_are_known(
 
     def chosen(network: torch.nn.Module, tokens: int) -> bool:
         found = compiled_where_it_pays(plain, network, (4, 16), tokens, lambda text: None)
-        return found is not plain
+        return found is not None
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     enough = int(module.ENOUGH / 2 / parameters) + 1
@@ -177,8 +185,11 @@ def test_what_is_compiled_is_a_gpus_large_work_on_layers_that_are_known(
     assert not chosen(model, enough - 2)
     assert not chosen(make("mamba"), enough)
     own = make()
-    own.model.layers[1].__class__ = type("Own", (type(own.model.layers[1]),), {})
+    own.model.layers[1].mlp.__class__ = type("Own", (type(own.model.layers[1].mlp),), {})
     assert not chosen(own, enough)
+    hooked = make()
+    hooked.model.layers[1].forward = hooked.model.layers[1].forward
+    assert not chosen(hooked, enough)
 
 
 def test_what_was_compiled_lies_in_the_workspace_unless_the_environment_says_where(
@@ -190,3 +201,24 @@ def test_what_was_compiled_lies_in_the_workspace_unless_the_environment_says_whe
     keep_in(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "torch")
     assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
+
+
+def test_a_layer_that_is_no_one_graph_is_scored_as_it_is(graphs: CompileCounter) -> None:
+    """DBRX's experts loop over how many tokens they have, which only the data says."""
+    model = make(
+        "dbrx", d_model=32, n_heads=4, n_layers=2, max_seq_len=64,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 32},
+    )  # fmt: skip
+    said: list[str] = []
+    losses, expected = losses_of(model, said.append), TokenLosses(model, vocabulary=96)(TOKENS, 1)
+    assert torch.equal(losses(TOKENS, 1), expected)
+    (text,) = said
+    assert text.startswith("going on without torch.compile: ")
+    assert graphs.frame_count == 0
+
+
+def test_torch_knows_the_options_that_it_is_given() -> None:
+    with pytest.raises(RuntimeError, match="Unexpected optimization option"):
+        torch.compile(module._forward, options={"no such": True})
+    assert callable(module._compiled_forward.__wrapped__())
