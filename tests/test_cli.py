@@ -195,6 +195,16 @@ def test_merge_never_writes_over_what_is_there(project: Project, trajectory: Tra
     assert [path.name for path in (project.folder / "taken").iterdir()] == ["file"]
 
 
+def test_a_pattern_that_names_no_tensor_is_told_before_anything_is_written(
+    project: Project, trajectory: Trajectory
+) -> None:
+    inputs = [f"{trajectory.bucket}/checkpoint-{step}=0.5" for step in (660, 720)]
+    options = ["--copy", "*.norm.weight", "--copy", "*.qscale"]
+    told = project.cli("merge", "misspelt", *inputs, *options, status=2).stderr
+    assert "--copy '*.qscale': no tensor of " in " ".join(told.split())
+    assert not (project.folder / "misspelt").exists()
+
+
 def test_a_merge_of_unlike_models_names_the_difference(
     project: Project, trajectory: Trajectory
 ) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from ckptfuse.checkpoints import Checkpoint
 from ckptfuse.errors import StoreError
+from ckptfuse.layouts import Layout, read_layout
 from ckptfuse.params_loading import load_params
 from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import discover, look_file, next_actions
@@ -202,6 +203,25 @@ def test_checkpoints_that_the_store_denies_are_told_and_fail_the_look(
     assert ([item.name for item in last.held], last.incomplete) == (
         ["checkpoint-420", "checkpoint-480"], (),
     )  # fmt: skip
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_checkpoint_that_is_denied_fails_a_look_that_scored_another(
+    trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path / "denied", trajectory)
+    project.land(420, 480)
+
+    def partly_denied(checkpoint: Checkpoint) -> Layout:
+        if checkpoint.name == "checkpoint-480":
+            raise StoreError("checkpoint-480: access denied")
+        return read_layout(checkpoint)
+
+    monkeypatch.setattr("ckptfuse.listing.read_layout", partly_denied)
+    done = CliRunner().invoke(app, ["watch", "--once", "--params", project.params_file])
+    assert done.exit_code == 1
+    assert "1 scored" in done.output
+    assert "1 could not be read or scored, checkpoint-480 among them" in done.output
 
 
 def test_a_newest_checkpoint_that_went_bad_is_fused_around(

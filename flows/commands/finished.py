@@ -54,7 +54,7 @@ def backfill(
     stdout.print(table(overview(service)))
     stdout.print(sentence(summary), markup=False)
     stderr.print(f"raw against merged, drawn: {write_report(service)}", markup=False)
-    if summary.busy or summary.delayed or (summary.held and summary.did_nothing):
+    if summary.busy or summary.delayed or summary.held:
         raise typer.Exit(1)
 
 

@@ -60,7 +60,7 @@ def watch(
     if once:
         summary = look(file)
         stdout.print(sentence(summary), markup=False)
-        if summary.delayed or (summary.held and summary.did_nothing):
+        if summary.delayed or summary.held:
             raise typer.Exit(1)
         return
     _look_and_go_on(look, file, is_first=True)
