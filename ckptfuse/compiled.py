@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 _DEVICE = "cuda"
+_OFF = "TORCH_COMPILE_DISABLE"
 _FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torch", "TRITON_CACHE_DIR": "triton"}
 
 #: Losses of a batch of tokens, [B, n] -> [B], all but the first ``context`` of each row.
@@ -56,6 +57,8 @@ def compiled_where_it_pays(
 
     ``notice`` is told if that is tried in vain.
     """
+    if os.environ.get(_OFF) == "1":  # torch reads it when it is imported, and says nothing
+        return None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     layers = _layers_of(model) if 2 * parameters * tokens >= ENOUGH else []
     if not layers or _key(layers, shape) in _given_up:

@@ -190,6 +190,8 @@ def test_what_is_compiled_is_a_gpus_large_work_on_layers_that_are_known(
     hooked = make()
     hooked.model.layers[1].forward = hooked.model.layers[1].forward
     assert not chosen(hooked, enough)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert not chosen(model, enough)
 
 
 def test_what_was_compiled_lies_in_the_workspace_unless_the_environment_says_where(
