@@ -41,20 +41,25 @@ def make_model(shape: Shape, device: str) -> torch.nn.Module:
 
 
 def ckptfuse_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
-    """As in the score job: the others' layout, or its own where documents are of all lengths."""
+    """As in the score job."""
     if next(model.parameters()).device.type == "cpu":
         keep_freed_memory()
+    blocks = blocks_of(shape)
+    return lambda: float(score_blocks(model, blocks, vocabulary=shape.vocabulary).nll.sum())
+
+
+def blocks_of(shape: Shape) -> Blocks:
+    """In the others' layout, or in our own where documents are of all lengths."""
     streams = [np.concatenate([[0], tokens]).astype(np.int32) for tokens in shape.texts()]
     owners = np.repeat(np.arange(len(streams), dtype=np.int32), [len(s) for s in streams])
     cut = Cut(shape.context, layout="packed" if shape.mixed else "rolling")
     spans = np.asarray(cut.spans(owners))
     starts, ends, context = spans.T
-    blocks = Blocks(
+    return Blocks(
         "bench", ("text",), np.concatenate(streams), starts, (ends - starts).astype(np.int32),
         context.astype(np.int32), np.zeros(len(spans), np.int32), owners[starts],
         ends - starts - context,
     )  # fmt: skip
-    return lambda: float(score_blocks(model, blocks, vocabulary=shape.vocabulary).nll.sum())
 
 
 def guide_scorer(model: torch.nn.Module, shape: Shape) -> Scorer:
