@@ -37,6 +37,11 @@ def test_both_images_run_as_nobody_special_and_have_a_health_check() -> None:
     compile(command[2], "HEALTHCHECK", "exec")
 
 
+def test_the_image_for_gpus_has_what_kernels_are_compiled_with() -> None:
+    installed = " ".join(line for line in dockerfile()["gpu"] if "apt-get install" in line)
+    assert {"gcc", "libc6-dev"} <= set(installed.split())
+
+
 def test_the_images_base_is_a_version_that_the_lock_was_tested_with() -> None:
     base = dockerfile()["base"][0]
     version = re.fullmatch(r"FROM python:(3\.\d+)-slim-\w+ AS base", base)
