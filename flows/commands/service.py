@@ -192,6 +192,7 @@ def veto(params: ParamsOption = None) -> None:
 
 def status(params: ParamsOption = None) -> None:
     """Show what is known of the trajectory: checkpoints, fusions, verdicts."""
+    _ask_a_store_twice()
     loaded, _ = load(params)
     from ckptfuse.corpus.survey import near_duplicates_of
     from ckptfuse.overview import overview
@@ -213,8 +214,14 @@ def status(params: ParamsOption = None) -> None:
         stdout.print(f"quarantined {item.name}: {item.reason}", markup=False)
 
 
+def _ask_a_store_twice() -> None:
+    """Where records will do, nobody should wait for a store that is down: 18 s for five times."""
+    os.environ.setdefault("AWS_MAX_ATTEMPTS", "2")
+
+
 def report(params: ParamsOption = None) -> None:
     """Write the report page and print its path."""
+    _ask_a_store_twice()
     loaded, _ = load(params)
     from ckptfuse.present import corpus_of_last_look
     from ckptfuse.report.page import write_report
