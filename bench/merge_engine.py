@@ -11,19 +11,12 @@ from pathlib import Path
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.merge.folder import merge_to_stores
 from ckptfuse.merge.inputs import open_inputs
+from ckptfuse.peak import peak_memory
 from ckptfuse.store import FolderStore
 
 
-def peak_mib() -> float:
-    """This program's own peak; what getrusage says begins with that of the process it came from."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
-
-
 def main(out: str, count: str, *uris: str) -> None:
-    before = peak_mib()
+    before = peak_memory()
     started = time.perf_counter()
     opened = [open_checkpoint(uri) for uri in uris]
     inputs = open_inputs(opened, opened[-1])
@@ -31,7 +24,7 @@ def main(out: str, count: str, *uris: str) -> None:
     vectors = [[value / sum(share) for value in share] for share in shares]
     merge_to_stores(inputs, vectors, [FolderStore(Path(out, str(v))) for v in range(int(count))])
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "above_baseline_mib": peak_mib() - before}))
+    print(json.dumps({"seconds": seconds, "above_baseline_mib": (peak_memory() - before) / 2**20}))
 
 
 if __name__ == "__main__":

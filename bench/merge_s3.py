@@ -26,6 +26,7 @@ from bench.measure import Process, machine, run, write_results
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.merge.folder import merge_to_stores
 from ckptfuse.merge.inputs import open_inputs
+from ckptfuse.peak import peak_memory
 from ckptfuse.store import FolderStore, open_store
 from ckptfuse.store.s3 import S3Store
 from tests.servers import rclone
@@ -78,7 +79,7 @@ def engine(uris: Sequence[str], out: Path) -> int:
 def one(name: str, out: Path, uris: Sequence[str]) -> None:
     """In a process of its own: one contender, its figures as JSON."""
     _client_is_ready(uris[0])
-    before, memory = time.process_time(), _peak_mib()
+    before, memory = time.process_time(), peak_memory()
     started = time.perf_counter()
     size = bare(uris) if name == "bare" else engine(uris, out)
     seconds = time.perf_counter() - started
@@ -86,7 +87,7 @@ def one(name: str, out: Path, uris: Sequence[str]) -> None:
         "GB/s": size / seconds / 1e9,
         "seconds": seconds,
         "CPU s, client": time.process_time() - before,
-        "MiB": _peak_mib() - memory,
+        "MiB": (peak_memory() - memory) / 2**20,
     }
     print(json.dumps(figures))
 
@@ -94,11 +95,6 @@ def one(name: str, out: Path, uris: Sequence[str]) -> None:
 def _client_is_ready(uri: str) -> None:
     """boto3 is imported and connected once a process, whatever the work."""
     open_store(uri).list()
-
-
-def _peak_mib() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def measure(folder: Path, link: str, flags: Sequence[str], runs: int) -> Figures:

@@ -24,6 +24,7 @@ from bench.score_shapes import SHAPES, Shape
 from ckptfuse.blocks import Blocks
 from ckptfuse.cut import Cut
 from ckptfuse.heap import keep_freed_memory
+from ckptfuse.peak import peak_memory
 from ckptfuse.perplexity import score_blocks
 
 #: Scores all documents and answers with the summed negative log-likelihood, nats.
@@ -132,17 +133,17 @@ class Peak:
             self._before = torch.cuda.memory_allocated() / 2**20
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self._before = _status("VmRSS")
+            self._before = _resident()
 
     def above(self) -> float:
         if self._on_gpu:
             return torch.cuda.max_memory_allocated() / 2**20 - self._before
-        return _status("VmHWM") - self._before
+        return peak_memory() / 2**20 - self._before
 
 
-def _status(field: str) -> float:
+def _resident() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return next(float(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 def main() -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from ckptfuse.errors import in_a_line
+
 _DEVICE = "cuda"
 _OFF = "TORCH_COMPILE_DISABLE"
 _FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torch", "TRITON_CACHE_DIR": "triton"}
@@ -73,7 +75,8 @@ def _layers_of(model: Any) -> Sequence[torch.nn.Module]:
     and what a model's own code does is unknown. Layers spread over several GPUs move what they
     compute between them.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer  # all of theirs are some
+    # transformers' decoder layers all derive from it, whatever a model calls them.
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [
         module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
@@ -129,8 +132,7 @@ class CompiledLosses:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler may fail in any way
-            first_line = str(error).strip().partition("\n")[0]
-            self._give_up(f"{type(error).__name__}: {first_line}")
+            self._give_up(in_a_line(error))
             return None
         if not self.is_used:
             rows = tokens[:_CHECKED_ROWS]

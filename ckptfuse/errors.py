@@ -63,3 +63,9 @@ class JobError(CkptfuseError):
 
 class PublicationError(CkptfuseError):
     """Git, DVC or the registry refused a step of publication; the next run tries again."""
+
+
+def in_a_line(error: Exception) -> str:
+    """Another's error by its kind and first line: compilers and drivers write pages."""
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"

@@ -183,6 +183,17 @@ def test_a_run_that_decayed_to_its_end_is_declined(
     assert f"step 720 was declined: {verdict.reason}" in shown
 
 
+def deny(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the store refuse to hand out these checkpoints."""
+
+    def read(checkpoint: Checkpoint) -> Layout:
+        if checkpoint.name in names:
+            raise StoreError(f"{checkpoint.name}: access denied")
+        return read_layout(checkpoint)
+
+    monkeypatch.setattr("ckptfuse.listing.read_layout", read)
+
+
 def test_checkpoints_that_the_store_denies_are_told_and_fail_the_look(
     trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,10 +201,7 @@ def test_checkpoints_that_the_store_denies_are_told_and_fail_the_look(
     project = make_project(tmp_path / "denied", trajectory)
     project.land(420, 480)
 
-    def denied(checkpoint: Checkpoint) -> None:
-        raise StoreError(f"{checkpoint.name}: access denied")
-
-    monkeypatch.setattr("ckptfuse.listing.read_layout", denied)
+    deny(monkeypatch, "checkpoint-420", "checkpoint-480")
     done = CliRunner().invoke(app, ["watch", "--once", "--params", project.params_file])
     assert done.exit_code == 1
     assert "2 could not be read or scored, checkpoint-480 among them" in done.output
@@ -211,13 +219,7 @@ def test_a_checkpoint_that_is_denied_fails_a_look_that_scored_another(
 ) -> None:
     project = make_project(tmp_path / "denied", trajectory)
     project.land(420, 480)
-
-    def partly_denied(checkpoint: Checkpoint) -> Layout:
-        if checkpoint.name == "checkpoint-480":
-            raise StoreError("checkpoint-480: access denied")
-        return read_layout(checkpoint)
-
-    monkeypatch.setattr("ckptfuse.listing.read_layout", partly_denied)
+    deny(monkeypatch, "checkpoint-480")
     done = CliRunner().invoke(app, ["watch", "--once", "--params", project.params_file])
     assert done.exit_code == 1
     assert "1 scored" in done.output

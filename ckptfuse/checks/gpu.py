@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckptfuse.checks.check import Check, failed, ok, warning
 from ckptfuse.devices import VISIBLE, visible_gpus
+from ckptfuse.errors import in_a_line
 from ckptfuse.params import ScoringParams
 
 NAME = "GPU"
@@ -95,11 +96,10 @@ def _compiles(check: Check, folder: Path | None) -> Check:
         with tempfile.TemporaryDirectory(dir=folder) as kernels, _variable(_KERNELS, kernels):
             load_kernel()
     except Exception as error:  # a compiler and a driver may fail in any way
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         return warning(
             NAME,
-            f"{check.said}, but no kernel can be compiled ({reason}): scoring takes up to two "
-            "fifths longer",
+            f"{check.said}, but no kernel can be compiled ({in_a_line(error)}): scoring takes up "
+            "to two fifths longer",
             "install a C compiler and Python's headers (Debian: apt-get install gcc python3-dev), "
             "and let files be run where the workspace lies",
         )
