@@ -21,6 +21,10 @@ class MissingFile(StoreError):
     """A file that is not (or no longer) in its store."""
 
 
+class AccessDenied(StoreError):
+    """A file or folder that this user may not read; others beside it may be readable."""
+
+
 class IncompleteCheckpoint(CkptfuseError):
     """A checkpoint that is still being written; it counts once it is whole."""
 

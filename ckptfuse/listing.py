@@ -17,7 +17,13 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from ckptfuse.checkpoints import METADATA, Checkpoint, assemble, checkpoint_of, is_identity
-from ckptfuse.errors import DamagedCheckpoint, IncompleteCheckpoint, MissingFile, StoreError
+from ckptfuse.errors import (
+    AccessDenied,
+    DamagedCheckpoint,
+    IncompleteCheckpoint,
+    MissingFile,
+    StoreError,
+)
 from ckptfuse.layouts import read_layout
 from ckptfuse.names import parse_name
 from ckptfuse.records import CheckpointRecord, QuarantineRecord
@@ -30,6 +36,8 @@ WRITTEN_LAST = frozenset(["trainer_state.json", METADATA])
 #: A checkpoint as its files were listed now, or as a record remembers it; and one that may be used.
 Listed = Checkpoint | CheckpointRecord | QuarantineRecord
 Healthy = Checkpoint | CheckpointRecord
+#: The files of a folder, or why nobody knows them.
+Folder = list[Entry] | AccessDenied
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +92,12 @@ def find(bucket: Store, conventions: Conventions) -> Listing:
     """List a bucket and sort its checkpoint folders by whether they count, and why not.
 
     Checkpoints whose signature is in ``conventions.known`` were looked into before; their headers
-    are not read again, so an unchanged bucket costs one listing.
+    are not read again: an unchanged bucket costs a listing of its files and one of its folders.
     """
-    return _sort_out(bucket, conventions, _folders(bucket.list()))
+    folders: dict[str, Folder] = dict(_folders(bucket.list()))
+    # Where that shows no file there may be none yet, or this user may not look.
+    bare = [name for name in bucket.folders() if name not in folders]
+    return _sort_out(bucket, conventions, folders | _list_each(bucket, bare, conventions))
 
 
 def look_again(
@@ -105,20 +116,29 @@ def look_again(
     newest = heapq.nlargest(recent, known, key=lambda name: _by_training(known[name]))
     for name in newest:
         del known[name]
-    folders = [
-        f"{name}/"
-        for name in names
-        if name not in known and parse_name(name, conventions.pattern) is not None
-    ]
+    folders = _list_each(bucket, [name for name in names if name not in known], conventions)
+    return _sort_out(bucket, conventions, folders, known.values())
+
+
+def _list_each(bucket: Store, names: Iterable[str], conventions: Conventions) -> dict[str, Folder]:
+    """One listing of each folder that has a checkpoint's name; those without files are left out."""
+
+    def listed(name: str) -> Folder:
+        try:
+            return _folders(bucket.list(f"{name}/")).get(name, [])
+        except AccessDenied as error:
+            return error
+
+    wanted = [name for name in names if parse_name(name, conventions.pattern) is not None]
     with ThreadPoolExecutor(LIST_THREADS) as pool:
-        entries = [entry for listed in pool.map(bucket.list, folders) for entry in listed]
-    return _sort_out(bucket, conventions, _folders(entries), known.values())
+        found = zip(wanted, pool.map(listed, wanted), strict=True)
+        return {name: folder for name, folder in found if folder}
 
 
 def _sort_out(
     bucket: Store,
     conventions: Conventions,
-    folders: Mapping[str, list[Entry]],
+    folders: Mapping[str, Folder],
     known: Iterable[Listed] = (),
 ) -> Listing:
     complete: list[Listed] = list(known)
@@ -126,13 +146,16 @@ def _sort_out(
     unread: list[Refused] = []
     damaged: list[Refused] = []
     architectures: dict[str, str] = {}
-    for name, entries in folders.items():
+    for name, folder in folders.items():
         parsed = parse_name(name, conventions.pattern)
         if parsed is None:
             continue
         store = bucket.child(name)
+        entries = [] if isinstance(folder, AccessDenied) else folder
         checkpoint = checkpoint_of(store, name, parsed, [e for e in entries if is_identity(e.path)])
         try:
+            if isinstance(folder, AccessDenied):
+                raise folder
             _check_settled(entries, conventions, local=isinstance(bucket, FolderStore))
             checkpoint = assemble(store, name, parsed, entries)
             if checkpoint.signature not in conventions.known:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckptfuse.errors import MissingFile, StoreError
+from ckptfuse.errors import AccessDenied, MissingFile, StoreError
 from ckptfuse.store.protocol import Entry, PartWriter, Reader, Writer, short_read
 from ckptfuse.store.throttle import FREE, Throttle
 
@@ -50,12 +50,12 @@ class FolderStore:
     def _walk(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         """The files whose path starts with ``prefix``; links to folders are not followed."""
         self._check_root()
-        folder = prefix.rpartition("/")[0]
-        pending = [f"{folder}/" if folder else ""]
+        top = prefix[: prefix.rfind("/") + 1]
+        pending = [top]
         while pending:
             self._throttle.wait(0)
             folder = pending.pop()
-            for found in _scan(f"{self.root}/{folder}", is_top=not folder):
+            for found in _scan(f"{self.root}/{folder}", is_top=folder == top):
                 path = folder + found.name
                 if found.is_dir():
                     if not found.is_symlink():
@@ -158,13 +158,13 @@ class FolderStore:
         except IsADirectoryError as error:
             raise StoreError(f"{self.uri}/{path} is a folder; a file was expected") from error
         except PermissionError as error:
-            raise StoreError(f"{self.uri}/{path}: permission denied") from error
+            raise AccessDenied(f"{self.uri}/{path}: permission denied") from error
 
 
 def _scan(folder: str, *, is_top: bool) -> list[os.DirEntry[str]]:
     """What a folder holds; nothing when it was removed since it was listed.
 
-    One that may not be read says so at the top of a store; below it (a ``lost+found``) it is
+    One that may not be read says so where it was asked for; below that (a ``lost+found``) it is
     passed over.
     """
     try:
@@ -173,9 +173,11 @@ def _scan(folder: str, *, is_top: bool) -> list[os.DirEntry[str]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        if isinstance(error, PermissionError) and not is_top:
+        is_denied = isinstance(error, PermissionError)
+        if is_denied and not is_top:
             return []
-        raise StoreError(f"{folder.rstrip('/')}: cannot be listed: {error.strerror}") from error
+        kind = AccessDenied if is_denied else StoreError
+        raise kind(f"{folder.rstrip('/')}: cannot be listed: {error.strerror}") from error
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:

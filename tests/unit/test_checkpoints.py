@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from ckptfuse.errors import (
 )
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.layouts import read_layout
-from ckptfuse.listing import Conventions, Listing, find
+from ckptfuse.listing import Conventions, Listing, find, look_again
 from ckptfuse.store import FolderStore, open_store
 from tests.helpers import CONFIG, as_nobody, make_older, write_checkpoint
 from tests.servers import S3Server
@@ -35,6 +36,12 @@ WEIGHTS = "model.safetensors"
 
 def look(bucket: Path, **conventions: object) -> Listing:
     return find(FolderStore(bucket), Conventions(**conventions))  # type: ignore[arg-type]
+
+
+def look_once_more(bucket: Path) -> Listing:
+    """As a look does in a bucket of very many checkpoints, which remembers none of these."""
+    store = FolderStore(bucket)
+    return look_again(store, store.folders(), Conventions(), {}, recent=3)
 
 
 def reason(bucket: Path, **conventions: object) -> str:
@@ -391,6 +398,24 @@ def test_a_checkpoint_that_may_not_be_read_does_not_stop_the_others(tmp_path: Pa
     assert listing.incomplete == ()
     (refused,) = listing.unread
     assert "permission denied" in refused.reason
+
+
+@pytest.mark.parametrize("look", [look, look_once_more])
+def test_a_checkpoint_whose_folder_may_not_be_listed_is_told_of(
+    tmp_path: Path, look: Callable[[Path], Listing]
+) -> None:
+    for step in (100, 200):
+        write_checkpoint(tmp_path / f"step{step}", TENSORS)
+    (tmp_path / "step100").chmod(0)
+    (tmp_path / "step200" / WEIGHTS).chmod(0o644)
+    (tmp_path / "step300").mkdir()  # empty: the trainer has just begun
+    with as_nobody(tmp_path):
+        listing = look(tmp_path)
+    assert [checkpoint.name for checkpoint in listing.complete] == ["step200"]
+    assert listing.incomplete == ()
+    (refused,) = listing.unread
+    assert (refused.checkpoint.name, refused.checkpoint.step) == ("step100", 100)
+    assert "step100: cannot be listed: Permission denied" in refused.reason
 
 
 def test_a_file_that_was_deleted_meanwhile_is_not_one_that_cannot_be_read(
