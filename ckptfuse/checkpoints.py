@@ -1,5 +1,6 @@
 """What a checkpoint is: which files make it up, and what its bytes are."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,8 +103,19 @@ def open_checkpoint(uri: str, signature: str | None = None) -> Checkpoint:
 
 
 def config_identity(config: Mapping[str, object]) -> dict[str, object]:
-    """config.json without what does not change the function that the weights compute."""
-    return {key: value for key, value in config.items() if key not in VOLATILE_CONFIG}
+    """config.json without what does not change the function that the weights compute.
+
+    As JSON proper: NaN and Infinity, which transformers writes (Mamba's time_step_limit), by name.
+    """
+    return {key: _proper(value) for key, value in config.items() if key not in VOLATILE_CONFIG}
+
+
+def _proper(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _proper(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_proper(part) for part in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def longest_context(config: Mapping[str, object]) -> int | None:

@@ -36,6 +36,8 @@ def model_config(folder: str) -> Mapping[str, object]:
         raise ConfigurationError(
             f"{folder}: no {CONFIG} of the model that checkpoints are converted to"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{folder}/{CONFIG}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigurationError(f"{folder}/{CONFIG}: not a JSON object")
     return config

@@ -1,11 +1,10 @@
 """The figures that people quote: fusion, best single and newest checkpoint on the report text."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptfuse.gate import best_member
-from ckptfuse.losses import Estimate, Losses, combine
+from ckptfuse.losses import Estimate, Losses, combine, perplexity
 from ckptfuse.records import PlanRecord
 from ckptfuse.service import Service, losses_of
 
@@ -43,11 +42,11 @@ class Evaluation:
             model: {
                 "step": self.steps[model],
                 "loss": self.target(model).mean,
-                "perplexity": math.exp(self.target(model).mean),
+                "perplexity": perplexity(self.target(model).mean),
                 "domains": {
                     name: {
                         "loss": self.domain(model, name).mean,
-                        "perplexity": math.exp(self.domain(model, name).mean),
+                        "perplexity": perplexity(self.domain(model, name).mean),
                     }
                     for name in self.domains
                 },

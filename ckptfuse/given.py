@@ -14,7 +14,7 @@ from ckptfuse.digests import digest
 from ckptfuse.errors import ConfigurationError
 from ckptfuse.names import parse_name
 from ckptfuse.params import CorpusParams, Domain, DomainBudget, Params, ScoringParams, is_plain
-from ckptfuse.store import Store, is_s3, open_store
+from ckptfuse.store import Store, absolute_uri, open_store
 
 #: Tokens of text out of distribution in the selection split, where it decides nothing.
 IDLE_TOKENS = 2_048
@@ -34,7 +34,7 @@ def params_given(
     ``base`` has no length of its own. Raises ConfigurationError, and StoreError for a bucket that
     is not there.
     """
-    uri = bucket if is_s3(bucket) else str(Path(bucket).resolve())
+    uri = absolute_uri(bucket)
     corpus = _corpus(base.corpus, corpora, outside or {})
     scoring = base.scoring
     usual = ScoringParams.model_fields["block_length"].default
@@ -65,9 +65,11 @@ def _corpus(
 ) -> CorpusParams:
     if both := sorted(corpora.keys() & outside.keys()):
         raise ConfigurationError(f"domain {both[0]!r} is named both in and out of distribution")
-    named = CorpusParams.of({name: _absolute(path) for name, path in corpora.items()}).domains
+    named = CorpusParams.of({name: absolute_uri(path) for name, path in corpora.items()}).domains
     idle = {
-        name: Domain(path=_absolute(path), weight=0.0, tokens=DomainBudget(selection=IDLE_TOKENS))
+        name: Domain(
+            path=absolute_uri(path), weight=0.0, tokens=DomainBudget(selection=IDLE_TOKENS)
+        )
         for name, path in outside.items()
     }
     try:
@@ -77,10 +79,6 @@ def _corpus(
     except ValidationError as error:
         problems = "; ".join(problem["msg"] for problem in error.errors())
         raise ConfigurationError(f"corpus {dict(outside)}: {problems}") from error
-
-
-def _absolute(path: str) -> str:
-    return path if is_s3(path) else str(Path(path).resolve())
 
 
 def _longest_context(bucket: Store, pattern: str | None) -> int | None:

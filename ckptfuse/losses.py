@@ -115,6 +115,14 @@ def combine(estimates: Mapping[str, Estimate], weights: Mapping[str, float]) -> 
     return Estimate(mean, math.sqrt(variance), documents)
 
 
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None where that exceeds float64."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
+
+
 def bits_per_byte(loss: float, *, tokens: int, byte_count: int) -> float:
     """Loss in bits per UTF-8 byte of text, comparable between tokenizers; NaN without bytes."""
     return loss * tokens / byte_count / math.log(2) if byte_count else math.nan

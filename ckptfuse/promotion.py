@@ -17,13 +17,9 @@ def champion(service: Service) -> PromotionRecord | None:
 
 def standing(service: Service) -> list[PromotionRecord]:
     """The promotions that no rollback took back, oldest first; the last made the champion."""
-    left: list[PromotionRecord] = []
-    for record in _promotions(service):
-        if record.undoes is None:
-            left.append(record)
-        else:
-            left.pop()
-    return left
+    promoted = _promotions(service)
+    undone = {record.undoes for record in promoted}
+    return [r for r in promoted if r.undoes is None and r.number not in undone]
 
 
 def _promotions(service: Service) -> list[PromotionRecord]:

@@ -8,6 +8,8 @@ is whole.
 
 import io
 import json
+import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -58,9 +60,16 @@ class Records:
         return self.store.stat(f"{kind.kind}/{key}.json").modified
 
     def arrays(self, kind: type[Record], key: str) -> Arrays:
-        data = io.BytesIO(self.store.read(f"{kind.kind}/{key}.npz"))
-        with np.load(data, allow_pickle=False) as loaded:
-            return {name: loaded[name] for name in loaded.files}
+        name = f"{kind.kind}/{key}.npz"
+        data = io.BytesIO(self.store.read(name))
+        try:
+            with np.load(data, allow_pickle=False) as loaded:
+                return {name: loaded[name] for name in loaded.files}
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise RecordError(
+                f"{self.store.uri}/{name} is damaged: {error}. Take it from a backup, or remove it "
+                f"and {key}.json: what they said is found, or decided, again"
+            ) from error
 
     def keys(self, kind: type[Record]) -> frozenset[str]:
         """The keys of one kind; no record is read."""

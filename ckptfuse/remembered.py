@@ -26,7 +26,8 @@ class Remembered:
 
     @property
     def is_usable(self) -> bool:
-        return len(self.signatures) > MANY and time.time() - self.at < HOUR
+        # A time to come is of a clock that has been set right since.
+        return len(self.signatures) > MANY and 0 <= time.time() - self.at < HOUR
 
     def save(self, file: Path) -> None:
         if len(self.signatures) > MANY:

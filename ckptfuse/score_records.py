@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptfuse.blocks import Blocks
-from ckptfuse.losses import Losses, bits_per_byte
+from ckptfuse.losses import Losses, bits_per_byte, perplexity
 from ckptfuse.protocol import Numerics, score_key
 from ckptfuse.record_files import Arrays, Records
 from ckptfuse.records import DomainScore, ScoreRecord
@@ -70,7 +70,7 @@ def summarise(losses: Losses) -> dict[str, DomainScore]:
         summary[name] = DomainScore(
             loss=estimate.mean,
             standard_error=error if math.isfinite(error) else None,
-            perplexity=math.exp(estimate.mean) if estimate.mean < 700 else None,
+            perplexity=perplexity(estimate.mean),
             bits_per_byte=bits if math.isfinite(bits) else None,
             tokens=tokens,
             bytes=byte_count,

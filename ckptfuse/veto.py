@@ -67,9 +67,12 @@ def ask(command: tuple[str, ...], model: Path) -> Answers:
 
 
 def _read(path: Path) -> Answers:
-    lines = path.read_text().splitlines() if path.is_file() else []
+    # Not splitlines: JSON may hold U+2028 and others of its line ends as they are.
+    lines = path.read_text().split("\n") if path.is_file() else []
     answers: Answers = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             answer = Answer.model_validate_json(line)
         except ValidationError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ckptfuse.corpus import SPLITS, Split
 from ckptfuse.evaluation import evaluate
 from ckptfuse.gate import best_member
-from ckptfuse.losses import combine
+from ckptfuse.losses import combine, perplexity
 from ckptfuse.notes import ENERGY, SHARE, domain_energies
 from ckptfuse.overview import Overview, overview, steps_saved
 from ckptfuse.records import CheckpointRecord, GateRecord, PlanRecord
@@ -28,7 +28,6 @@ Point = tuple[str, float, int, float]
 #: Metric -> where MLflow has it: the training step, and when its checkpoint was written (ms). A
 #: trainer that went back writes a step again.
 Logged = dict[str, set[tuple[int, int]]]
-_LARGEST_LOSS = 700.0  # nats, whose perplexity is still a float64
 
 
 def draw_curves(registry: Registry) -> None:
@@ -130,8 +129,8 @@ def _losses(
         target = combine(by_domain, service.scorer.target_weights).mean
         losses = {f"{name}.{d}": found.mean for d, found in by_domain.items()} | {name: target}
         for metric, loss in losses.items():
-            if loss < _LARGEST_LOSS:
-                yield (f"{_prefix(split)}perplexity.{metric}", math.exp(loss), *point)
+            if (found := perplexity(loss)) is not None:
+                yield (f"{_prefix(split)}perplexity.{metric}", found, *point)
             yield (f"{_prefix(split)}loss.{metric}", loss, *point)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from ckptfuse.checkpoints import VOLATILE_CONFIG, Checkpoint, config_identity
+from ckptfuse.checkpoints import Checkpoint, config_identity
 from ckptfuse.errors import ConfigurationError, MismatchedCheckpoints
 from ckptfuse.formats.dcp import Entry
 from ckptfuse.formats.tensors import BITS, Tensor
@@ -189,13 +189,10 @@ def _check_same(layout: Layout, reference: Layout) -> None:
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)} in {here} and "
                 f"{other.dtype} {list(other.shape)} in {there}; leave one of them out"
             )
-    if config_identity(layout.config) != config_identity(reference.config):
-        keys = layout.config.keys() | reference.config.keys()
-        differing = sorted(
-            key
-            for key in keys - VOLATILE_CONFIG
-            if layout.config.get(key) != reference.config.get(key)
-        )
+    config, expected = config_identity(layout.config), config_identity(reference.config)
+    if config != expected:
+        keys = config.keys() | expected.keys()
+        differing = sorted(key for key in keys if config.get(key) != expected.get(key))
         raise MismatchedCheckpoints(
             f"config.json of {here} and {there} differ in {', '.join(differing)}; a merge across a "
             "change of the architecture or of the training setup is not a model"

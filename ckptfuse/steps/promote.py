@@ -22,6 +22,10 @@ class _Decision:
     veto: VetoOutcome | None = None
 
 
+#: Of a fusion whose damaged plan was removed: what it was decided from is not known.
+_NO_PLAN = _Decision(False, "its plan is no longer among the records")
+
+
 def decide_promotion(service: Service, decided: PlanRecord) -> PromotionRecord | None:
     """Promote unless the present champion is as good on audit text, too near, or the veto is used.
 
@@ -48,7 +52,11 @@ def settle(service: Service) -> list[PromotionRecord]:
     settled: list[PromotionRecord] = []
     older: list[PublicationRecord] = []
     for published in left:
-        record = decide_promotion(service, plans[published.fusion])
+        plan = plans.get(published.fusion)
+        if plan is None:
+            settled.append(_record(service, published.fusion, published.step, _NO_PLAN))
+            continue
+        record = decide_promotion(service, plan)
         if record is None:
             older.append(published)
             continue

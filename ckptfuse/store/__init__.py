@@ -12,7 +12,7 @@ boto3 is imported when an S3 store is first used.
 from ckptfuse.store.folder import TEMPORARY_PREFIX, FolderStore, link_file, link_tree, remove_folder
 from ckptfuse.store.protocol import Entry, PartWriter, Reader, Store, Writer
 from ckptfuse.store.s3 import S3Store
-from ckptfuse.store.uris import is_s3, open_store, read_uri, split_uri
+from ckptfuse.store.uris import absolute_uri, is_s3, open_store, read_uri, split_uri
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -23,6 +23,7 @@ __all__ = [
     "S3Store",
     "Store",
     "Writer",
+    "absolute_uri",
     "is_s3",
     "link_file",
     "link_tree",

@@ -13,6 +13,11 @@ def is_s3(uri: str) -> bool:
     return uri.startswith("s3://")
 
 
+def absolute_uri(uri: str) -> str:
+    """The same place, named from anywhere: S3 URIs as they are, paths without ``file://``."""
+    return uri if is_s3(uri) else str(Path(uri.removeprefix("file://")).resolve())
+
+
 def open_store(uri: str | Path) -> Store:
     """The store at a local path, ``file://`` or ``s3://`` URI; its reads keep to the caps."""
     text = str(uri)

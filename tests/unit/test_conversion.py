@@ -161,12 +161,15 @@ def test_without_a_converter_a_native_layout_is_refused(
         score_once(str(tmp_path / "step-1"), text, model=str(models[0]))
 
 
-def test_a_converter_must_be_there_and_know_the_tensors(models: list[Path]) -> None:
+def test_a_converter_must_be_there_and_know_the_tensors(models: list[Path], tmp_path: Path) -> None:
     for name in ("nothing", "no.such.module:f", "json:no_such_function", "json:__name__"):
         with pytest.raises(ConfigurationError, match="converter"):
             load_function(name, "converter")
     with pytest.raises(ConfigurationError, match=r"scoring\.model"):
         identity(EXAMPLE, None)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"config\.json: not JSON"):
+        convert(None, str(tmp_path), {}, "here")
     strange = {"layers.0.attention.wz.weight": torch.ones(2, 2)}
     with pytest.raises(DamagedCheckpoint, match=r"here.*wz"):
         convert(EXAMPLE, str(models[0]), strange, "here")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfuse.errors import RecordError
-from ckptfuse.losses import Estimate, bits_per_byte, combine
+from ckptfuse.losses import Estimate, bits_per_byte, combine, perplexity
 from tests.helpers import losses_on
 
 
@@ -62,6 +62,11 @@ def test_bits_per_byte_count_the_text_and_not_the_tokens() -> None:
 
 def test_without_bytes_there_are_no_bits_per_byte() -> None:
     assert math.isnan(bits_per_byte(1.0, tokens=10, byte_count=0))
+
+
+def test_a_perplexity_that_no_float_holds_is_none() -> None:
+    assert perplexity(2.0) == math.exp(2.0)
+    assert perplexity(710.0) is None
 
 
 def test_domains_keep_their_blocks_apart() -> None:

@@ -1,6 +1,7 @@
 """The arithmetic of a merge against a scalar loop, bit for bit, and the inputs that it refuses."""
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from ckptfuse import digests
-from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.checkpoints import config_identity, open_checkpoint
+from ckptfuse.digests import digest
 from ckptfuse.errors import (
     ChangedCheckpoint,
     ConfigurationError,
@@ -334,6 +336,16 @@ def test_different_shapes_and_dtypes_are_refused_and_named(
     write_checkpoint(tmp_path / "step1", {"weight": torch.ones(2)})
     with pytest.raises(MismatchedCheckpoints, match=r"'weight'.*step0.*step1"):
         opened(tmp_path, 2)
+
+
+def test_equal_configurations_are_equal_whatever_floats_they_hold(tmp_path: Path) -> None:
+    config = {**CONFIG, "time_step_limit": [0.0, math.inf], "epsilon": math.nan}
+    for step in range(2):
+        write_checkpoint(tmp_path / f"step{step}", {"w": torch.ones(4)}, config=config)
+    folders = [open_checkpoint(str(tmp_path / f"step{step}")) for step in range(2)]
+    inputs = open_inputs(folders, folders[-1], Recipe())
+    identity = config_identity(inputs.ancillary.config)
+    assert digest(identity) != digest({**identity, "epsilon": "inf"})
 
 
 def test_different_configurations_are_refused_by_key_and_volatile_keys_are_not(

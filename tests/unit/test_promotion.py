@@ -5,10 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckptfuse.promotion import champion, promote_by_hand
+from ckptfuse.promotion import (
+    champion,
+    promote_by_hand,
+    rollback_by_hand,
+    rollback_target,
+    standing,
+)
 from ckptfuse.records import FusionRecord, PlanRecord, PromotionRecord, PublicationRecord
 from ckptfuse.service import Service
-from ckptfuse.steps.promote import decide_promotion
+from ckptfuse.steps.promote import decide_promotion, settle
 from tests.helpers import make_service, member, plan_record, record_losses
 
 MEMBERS = [member(100, 3.0), member(200, 3.0)]
@@ -140,6 +146,24 @@ def test_a_decision_by_hand_is_written_though_a_record_before_it_was_removed(
     again = promote_by_hand(service, two, by="a", reason="b")
     assert again.number == 4
     assert champion(service) == again
+
+
+def test_a_rollback_takes_back_what_it_says_though_a_record_was_removed(service: Service) -> None:
+    for step in (200, 300, 400):
+        promoted(service, step, 3.0 - step / 1000)
+    target = publication(300)
+    assert rollback_target(service) == target.fusion
+    rollback_by_hand(service, target, by="a", reason="b")
+    (service.records.store.root / "promotion" / "fusion-400.json").unlink()  # type: ignore[attr-defined]
+    assert [record.step for record in standing(service)] == [200, 300]
+
+
+def test_a_waiting_fusion_whose_plan_was_removed_is_closed(service: Service) -> None:
+    service.records.put("window-200", publication(200))
+    (record,) = settle(service)
+    assert not record.promoted
+    assert record.reason == "its plan is no longer among the records"
+    assert settle(service) == []
 
 
 def test_a_champion_whose_weights_were_pruned_gives_way_on_a_new_audit_text(

@@ -176,12 +176,20 @@ def test_a_record_that_cannot_be_read_is_named_with_its_file(tmp_path: Path, tex
             read(Records(store))
 
 
+@pytest.mark.parametrize("text", [b"", b"PK", b"no archive"])
+def test_arrays_that_are_damaged_are_named_with_their_file(tmp_path: Path, text: bytes) -> None:
+    store = FolderStore(tmp_path)
+    store.write("score/a.npz", text)
+    with pytest.raises(RecordError, match=r"score/a\.npz is damaged"):
+        Records(store).arrays(ScoreRecord, "a")
+
+
 def test_pickled_arrays_are_not_opened(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     with (tmp_path / "evil.npz").open("wb") as out:
         np.savez(out, nll=np.array([{"code": "that runs"}], dtype=object))
     store.write("score/a.npz", (tmp_path / "evil.npz").read_bytes())
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(RecordError, match="allow_pickle=False"):
         Records(store).arrays(ScoreRecord, "a")
 
 

@@ -1,5 +1,6 @@
 """A look at a bucket with very many checkpoints lists few of them, and finds the same."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -118,4 +119,15 @@ def test_a_memory_that_was_cut_off_costs_one_listing_of_all(
     (service.workspace.folder("cache") / "listing.json").write_text(text)
     listed.clear()
     assert len(listing_of(service).complete) == 6
+    assert listed == [""]
+
+
+def test_a_memory_from_a_time_to_come_is_not_relied_on(
+    service: Service, listed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing_of(service)
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 86_400)  # it was a day ahead
+    listed.clear()
+    listing_of(service)
     assert listed == [""]

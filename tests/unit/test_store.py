@@ -19,6 +19,7 @@ from ckptfuse.store import (
     FolderStore,
     S3Store,
     Store,
+    absolute_uri,
     open_store,
     read_uri,
     split_uri,
@@ -363,6 +364,15 @@ def test_an_object_that_marks_a_folder_is_no_file(moto_s3: S3Server) -> None:
 def test_a_folder_hides_what_a_killed_writer_left(tmp_path: Path) -> None:
     (tmp_path / f"{TEMPORARY_PREFIX}of-a-killed-process").write_bytes(b"half")
     assert FolderStore(tmp_path).list("") == []
+
+
+def test_a_place_is_named_from_anywhere_by_one_uri(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for uri in ("texts", f"{tmp_path}/texts/", f"file://{tmp_path}/texts"):
+        assert absolute_uri(uri) == str(tmp_path / "texts")
+    assert absolute_uri("s3://bucket/texts") == "s3://bucket/texts"
 
 
 @pytest.mark.parametrize("path", ["../secret", "a/../../secret", "/etc/passwd"])

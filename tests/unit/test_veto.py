@@ -196,6 +196,14 @@ def test_answers_that_are_none_are_told(tmp_path: Path, script: str, told: str) 
         ask((sys.executable, "-c", f"import sys; {script}"), tmp_path)
 
 
+def test_a_name_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    script = (
+        "import json, sys; out = open(sys.argv[2], 'w', encoding='utf-8'); "
+        "print(json.dumps({'item': 'a\u2028b', 'correct': 1}, ensure_ascii=False), file=out)"
+    )
+    assert ask((sys.executable, "-c", script), tmp_path) == {"a\u2028b": True}
+
+
 def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="cannot be run"):
         ask(("/no/such/program",), tmp_path)
