@@ -31,7 +31,8 @@ from ckptfuse.store import Entry, FolderStore, Store
 
 #: Folders that are listed at once: a store answers for several in the time that it takes for one.
 LIST_THREADS = 8
-#: Files that a trainer writes last: the Hugging Face Trainer, and every distributed checkpoint.
+#: Files that a trainer writes last: the Hugging Face Trainer, and every distributed checkpoint. Not
+#: below the top: Accelerate writes the model's, and then the optimizer's, each with a .metadata.
 WRITTEN_LAST = frozenset(["trainer_state.json", METADATA])
 #: A checkpoint as its files were listed now, or as a record remembers it; and one that may be used.
 Listed = Checkpoint | CheckpointRecord | QuarantineRecord
@@ -199,7 +200,7 @@ def _check_settled(entries: list[Entry], conventions: Conventions, *, local: boo
     """
     present = {entry.path: entry for entry in entries}
     newest = max(entry.modified for entry in entries)
-    last = [entry for entry in entries if entry.path.rpartition("/")[2] in WRITTEN_LAST]
+    last = [entry for entry in entries if entry.path in WRITTEN_LAST]
     if conventions.marker is not None:
         if conventions.marker not in present:
             raise IncompleteCheckpoint(f"waiting for the marker file {conventions.marker!r}")

@@ -1,6 +1,6 @@
 """A folder of a local or mounted file system."""
 
-import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -40,8 +40,9 @@ class FolderStore:
     def list(self, prefix: str = "") -> list[Entry]:
         entries = []
         for path, found in self._walk(prefix):
-            with contextlib.suppress(FileNotFoundError):  # removed since it was listed
-                entries.append(_entry(path, found.stat()))
+            info = _stat(found)
+            if info is not None:
+                entries.append(_entry(path, info))
         return sorted(entries, key=lambda entry: entry.path)
 
     def names(self, prefix: str = "") -> tuple[str, ...]:
@@ -57,17 +58,20 @@ class FolderStore:
             folder = pending.pop()
             for found in _scan(f"{self.root}/{folder}", is_top=folder == top):
                 path = folder + found.name
-                if found.is_dir():
-                    if not found.is_symlink():
-                        pending.append(f"{path}/")
-                elif path.startswith(prefix) and not found.name.startswith(TEMPORARY_PREFIX):
+                if found.is_dir(follow_symlinks=False):
+                    pending.append(f"{path}/")
+                elif (
+                    path.startswith(prefix)
+                    and not found.name.startswith(TEMPORARY_PREFIX)
+                    and not _is_link_to_folder(found)
+                ):
                     yield path, found
 
     def folders(self) -> tuple[str, ...]:
         self._check_root()
         self._throttle.wait(0)
         found = _scan(str(self.root), is_top=True)
-        return tuple(sorted(f.name for f in found if f.is_dir() and not f.is_symlink()))
+        return tuple(sorted(f.name for f in found if f.is_dir(follow_symlinks=False)))
 
     def _check_root(self) -> None:
         if not os.path.isdir(self.root):  # noqa: PTH112 - false where nothing may be asked
@@ -180,6 +184,23 @@ def _scan(folder: str, *, is_top: bool) -> list[os.DirEntry[str]]:
         raise kind(f"{folder.rstrip('/')}: cannot be listed: {error.strerror}") from error
 
 
+def _is_link_to_folder(found: os.DirEntry[str]) -> bool:
+    try:
+        return found.is_symlink() and found.is_dir()
+    except OSError:  # in a circle, or through what this user may not pass
+        return False
+
+
+def _stat(found: os.DirEntry[str]) -> os.stat_result | None:
+    """None of what was removed since it was listed, and of a link that leads to no file."""
+    try:
+        return found.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.EACCES):
+            return None
+        raise StoreError(f"{found.path}: cannot be looked at: {error.strerror}") from error
+
+
 def _entry(path: str, info: os.stat_result) -> Entry:
     return Entry(path, info.st_size, str(info.st_mtime_ns), info.st_mtime)
 
@@ -196,7 +217,11 @@ class _Reader:
         self._throttle.wait(len(view))
         done = 0
         while done < len(view):  # one read returns at most 2 GiB
-            count = os.preadv(self._descriptor, [view[done:]], start + done)
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+            except OSError as error:
+                where = "/".join(self._where)
+                raise StoreError(f"{where}: cannot be read: {error.strerror}") from error
             if count == 0:
                 raise StoreError(short_read(*self._where, start, len(view), done))
             done += count

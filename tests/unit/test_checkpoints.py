@@ -155,6 +155,15 @@ def test_the_trainers_state_file_ends_the_wait_where_nothing_is_newer(tmp_path: 
     assert "of quiet" in reason(tmp_path)
 
 
+def test_metadata_below_the_top_ends_no_wait(tmp_path: Path) -> None:
+    """Accelerate writes the model's, and then the optimizer's, each with a .metadata."""
+    write_checkpoint(tmp_path / "checkpoint-100", TENSORS, age=5)
+    inner = tmp_path / "checkpoint-100" / "pytorch_model_fsdp_0"
+    inner.mkdir()
+    (inner / ".metadata").write_bytes(b"")
+    assert "of quiet" in reason(tmp_path)
+
+
 def test_in_a_bucket_the_trainers_state_ends_no_wait(tmp_path: Path, moto_s3: S3Server) -> None:
     """Files are uploaded in any order, some of them after it."""
     local = write_checkpoint(tmp_path / "checkpoint-100", TENSORS)

@@ -399,6 +399,28 @@ def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path: Path) -> Non
                 ask(FolderStore(tmp_path / "closed"))
 
 
+def test_links_that_lead_nowhere_hide_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "step1").mkdir()
+    (tmp_path / "step1" / "model").touch()
+    (tmp_path / "latest").symlink_to("latest")  # in a circle
+    (tmp_path / "step1" / "gone").symlink_to("nothing")
+    (tmp_path / "step1" / "circle").symlink_to("circle")
+    (tmp_path / "best").symlink_to("step1")
+    (tmp_path / "link").symlink_to("step1/model")
+    store = FolderStore(tmp_path)
+    assert [entry.path for entry in store.list()] == ["link", "step1/model"]
+    assert store.folders() == ("step1",)
+
+
+def test_a_file_that_fails_while_it_is_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"0123")
+    with FolderStore(tmp_path).reader("model") as reader:
+        os.close(reader._descriptor)  # type: ignore[attr-defined]
+        with pytest.raises(StoreError, match=r"model: cannot be read: Bad file descriptor"):
+            reader.read_into(0, memoryview(bytearray(4)))
+        reader._descriptor = os.open(tmp_path / "model", os.O_RDONLY)  # type: ignore[attr-defined]
+
+
 def test_what_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"in the way")
     with pytest.raises(StoreError, match="cannot write"):
