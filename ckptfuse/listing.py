@@ -26,7 +26,7 @@ from ckptfuse.errors import (
 )
 from ckptfuse.layouts import read_layout
 from ckptfuse.names import parse_name
-from ckptfuse.records import CheckpointRecord, QuarantineRecord
+from ckptfuse.records import CheckpointRecord, PassRecord, QuarantineRecord
 from ckptfuse.store import Entry, FolderStore, Store
 
 #: Folders that are listed at once: a store answers for several in the time that it takes for one.
@@ -114,7 +114,7 @@ def look_again(
     among the ``recent`` last in training. A checkpoint written over further back is not seen.
     """
     known = {name: remembered[name] for name in names if name in remembered}
-    newest = heapq.nlargest(recent, known, key=lambda name: _by_training(known[name]))
+    newest = heapq.nlargest(recent, known, key=lambda name: by_training(known[name]))
     for name in newest:
         del known[name]
     folders = _list_each(bucket, [name for name in names if name not in known], conventions)
@@ -168,14 +168,14 @@ def _sort_out(
             unread.append(Refused(checkpoint, str(error)))
         except DamagedCheckpoint as error:
             damaged.append(Refused(checkpoint, str(error)))
-    complete.sort(key=_by_training)
+    complete.sort(key=by_training)
     for refused in (incomplete, unread, damaged):
-        refused.sort(key=lambda one: _by_training(one.checkpoint))
+        refused.sort(key=lambda one: by_training(one.checkpoint))
     return Listing(tuple(complete), tuple(incomplete), tuple(unread), tuple(damaged), architectures)
 
 
-def _by_training(checkpoint: Listed) -> tuple[str, int, str]:
-    """Stages one after the other, since each may count its steps from 0."""
+def by_training(checkpoint: Listed | PassRecord) -> tuple[str, int, str]:
+    """A key to sort by: stages one after the other, since each may count its steps from 0."""
     numbered = re.sub(r"\d+", lambda digits: digits[0].zfill(20), checkpoint.stage or "")
     return numbered, checkpoint.step, checkpoint.name
 

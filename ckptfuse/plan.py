@@ -6,19 +6,20 @@ the same bucket and records always give the same actions, whoever asks and how o
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptfuse.listing import Healthy, Listed, Listing
-from ckptfuse.params import Params, ScoringParams
+from ckptfuse.listing import Healthy, Listed, Listing, by_training
+from ckptfuse.params import Params, ScoringParams, WindowParams
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
+    PassRecord,
     PublicationRecord,
     QuarantineRecord,
     SkipRecord,
 )
-from ckptfuse.window import Window, window_key, windows
+from ckptfuse.window import Window, in_order, window_key, windows
 
 #: How the reason of a window begins that was not fused since a newer one was.
 SUPERSEDED = "superseded by"
@@ -33,6 +34,7 @@ class State:
     scored: frozenset[str] = frozenset()  # signatures whose every split has a score
     held: frozenset[str] = frozenset()  # signatures that could not be read just now
     delayed: frozenset[str] = frozenset()  # windows that could not be published just now
+    passed: Mapping[str, PassRecord] = field(default_factory=dict)  # by signature
     affordable: int | None = None  # checkpoints that the day's scoring budget allows; None: all
     quarantined: Mapping[str, QuarantineRecord] = field(default_factory=dict)
     gates: Mapping[str, GateRecord] = field(default_factory=dict)
@@ -72,6 +74,8 @@ class Fuse:
 class Actions:
     """What is to be done, in this order. ``publish`` are windows whose gate said so before.
 
+    ``passed`` are checkpoints that `scoring.every` leaves without a score: only to be remembered.
+
     Those judged under other parameters or on other text are skipped: what was measured for them
     is no evidence beside what is measured now.
 
@@ -86,6 +90,7 @@ class Actions:
     fuse: tuple[Fuse, ...] = ()
     notes: tuple[str, ...] = ()
     due: tuple[Healthy, ...] = ()
+    passed: tuple[Healthy, ...] = ()
 
     def __bool__(self) -> bool:
         return any((self.quarantine, self.score, self.publish, self.skip, self.fuse))
@@ -106,10 +111,10 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
         for c in listing.complete
         if c.signature not in excluded and not isinstance(c, QuarantineRecord)
     ]
-    due = _every(present, state.scored, params.scoring.every)
-    score, notes = _to_score(present, due, state, params.scoring)
+    due, passed = _every(present, state, params.scoring.every)
+    score, notes = _to_score(due, passed, state, params.scoring)
     if quarantine or score:
-        return Actions(quarantine=quarantine, score=score, notes=notes, due=due)
+        return Actions(quarantine=quarantine, score=score, notes=notes, due=due, passed=passed)
     healthy = [state.checkpoints[c.signature] for c in present if c.signature in state.scored]
     science = params.scientific_digest()
 
@@ -117,18 +122,45 @@ def plan(listing: Listing, state: State, params: Params, *, live: bool = True) -
         return window_key(newest, science, state.corpus)
 
     publish, overtaken = _to_publish(state, key)
-    still_open = windows(healthy, params.window, lambda newest: not state.is_closed(key(newest)))
-    waiting = [Fuse(key(window.newest), window) for window in still_open]
-    waiting = [item for item in waiting if item.key not in state.gates]
-    if not live or not waiting:
-        return Actions(publish=publish, skip=overtaken, fuse=tuple(waiting), notes=notes, due=due)
-    newest = waiting[-1]
-    superseded = tuple(
-        Skip(item.key, item.window.step, f"{SUPERSEDED} {newest.window.newest.name}")
-        for item in waiting[:-1]
-    )
+    fuse, superseded = _to_fuse(healthy, state, params.window, key, live=live)
     skip = (*overtaken, *superseded)
-    return Actions(publish=publish, skip=skip, fuse=(newest,), notes=notes, due=due)
+    return Actions(publish=publish, skip=skip, fuse=fuse, notes=notes, due=due, passed=passed)
+
+
+def _to_fuse(
+    healthy: Sequence[CheckpointRecord],
+    state: State,
+    params: WindowParams,
+    key: Callable[[CheckpointRecord], str],
+    *,
+    live: bool,
+) -> tuple[tuple[Fuse, ...], tuple[Skip, ...]]:
+    """The windows that wait for a decision; live, the newest, unless a later one is decided.
+
+    Checkpoints may be scored in another order than that of training (a budget takes the newest
+    first): what is fused then must not be older than what was.
+    """
+    decided: list[CheckpointRecord] = []  # in the order of training
+
+    def waits(newest: CheckpointRecord) -> bool:
+        if key(newest) in state.gates or state.is_closed(key(newest)):
+            decided.append(newest)
+            return False
+        return True
+
+    found = windows(healthy, params, waits, known=state.checkpoints.values())
+    waiting = [Fuse(key(window.newest), window) for window in found]
+    if not live or not waiting:
+        return tuple(waiting), ()
+    newest = in_order([*decided[-1:], waiting[-1].window.newest])[-1]
+    return (
+        tuple(item for item in waiting if item.window.newest is newest),
+        tuple(
+            Skip(item.key, item.window.step, f"{SUPERSEDED} {newest.name}")
+            for item in waiting
+            if item.window.newest is not newest
+        ),
+    )
 
 
 def _to_publish(
@@ -151,15 +183,15 @@ def _to_publish(
 
 
 def _to_score(
-    present: Sequence[Healthy],
     due: Sequence[Healthy],
+    passed: Sequence[Healthy],
     state: State,
     params: ScoringParams,
 ) -> tuple[tuple[Healthy, ...], tuple[str, ...]]:
     """Which checkpoints to score, in the order of training, and what is not scored and why."""
     notes = []
-    if passed := sum(1 for c in present if c.signature not in state.scored) - len(due):
-        notes.append(f"{passed} checkpoints are passed over: scoring.every is {params.every}")
+    if passed:
+        notes.append(f"{len(passed)} checkpoints are passed over: scoring.every is {params.every}")
     if state.affordable is None or len(due) <= state.affordable:
         return tuple(due), tuple(notes)
     chosen = due[len(due) - state.affordable :]
@@ -170,19 +202,41 @@ def _to_score(
     return tuple(chosen), tuple(notes)
 
 
-def _every(present: Sequence[Healthy], scored: Collection[str], every: int) -> tuple[Healthy, ...]:
-    """The checkpoints without a score that are ``every`` or more after the last one with one."""
-    due = []
+def _every(
+    present: Sequence[Healthy], state: State, every: int
+) -> tuple[tuple[Healthy, ...], tuple[Healthy, ...]]:
+    """Those without a score that are ``every`` or more after the last one with one; the others."""
+    due, passed = [], []
     since = every
+    for gone in _gone_before(present, state) if every > 1 else ():
+        since = 1 if gone.signature in state.scored else since + 1
     for checkpoint in present:
-        if checkpoint.signature in scored:
+        if checkpoint.signature in state.scored:
             since = 1
         elif since >= every:
             due.append(checkpoint)
             since = 1
         else:
+            passed.append(checkpoint)
             since += 1
-    return tuple(due)
+    return tuple(due), tuple(passed)
+
+
+def _gone_before(
+    present: Sequence[Healthy], state: State
+) -> Sequence[CheckpointRecord | PassRecord]:
+    """Those before the first that is present, as trained: a trainer keeps only its last few."""
+    if not present:
+        return ()
+    first, there = present[0], {checkpoint.signature for checkpoint in present}
+    known: dict[str, CheckpointRecord | PassRecord] = dict(state.passed)
+    known |= {signature: state.checkpoints[signature] for signature in state.scored}
+    gone = [
+        record
+        for signature, record in known.items()
+        if signature not in there and record.stage == first.stage and record.step < first.step
+    ]
+    return sorted(gone, key=by_training)
 
 
 def _to_quarantine(
@@ -191,7 +245,7 @@ def _to_quarantine(
     """Damaged checkpoints, and those whose tensors are unlike the majority's.
 
     Each stage and each stretch between declared boundaries has a majority of its own, so that a
-    change of shapes that is meant can be declared.
+    change of shapes that is meant can be declared. Those count that the trainer has deleted, too.
     """
     found = [
         Quarantine(refused.checkpoint, None, refused.reason)
@@ -199,24 +253,26 @@ def _to_quarantine(
         if refused.checkpoint.signature not in state.quarantined
     ]
     cuts = sorted(boundaries)
+    present = {checkpoint.signature: checkpoint for checkpoint in listing.complete}
     stretches: dict[tuple[str | None, int], list[Listed]] = {}
-    for checkpoint in listing.complete:
+    for checkpoint in {**state.checkpoints, **present}.values():
         stretch = (checkpoint.stage, bisect.bisect_right(cuts, checkpoint.step))
         stretches.setdefault(stretch, []).append(checkpoint)
     for checkpoints in stretches.values():
-        found += _unlike_the_majority(checkpoints, listing, state)
+        there = [c for c in checkpoints if c.signature in present]
+        found += _unlike_the_majority(there, checkpoints, listing, state)
     return tuple(found)
 
 
 def _unlike_the_majority(
-    checkpoints: Sequence[Listed], listing: Listing, state: State
+    present: Sequence[Listed], known: Sequence[Listed], listing: Listing, state: State
 ) -> Iterator[Quarantine]:
-    architectures = {c.signature: _architecture(c, listing, state) for c in checkpoints}
+    architectures = {c.signature: _architecture(c, listing, state) for c in known}
     counts = Counter(a for a in architectures.values() if a is not None).most_common(2)
     if len(counts) < 2 or counts[0][1] == counts[1][1]:
         return
     usual, count = counts[0]
-    for checkpoint in checkpoints:
+    for checkpoint in present:
         architecture = architectures[checkpoint.signature]
         if architecture not in (usual, None) and checkpoint.signature not in state.quarantined:
             reason = (

@@ -274,6 +274,16 @@ class SkipRecord(Record):
     reason: str
 
 
+class PassRecord(Record):
+    """A checkpoint that ``scoring.every`` left without a score; keyed by its listing signature."""
+
+    kind: ClassVar = "pass"
+    name: str
+    step: int
+    stage: str | None
+    signature: str
+
+
 class QuarantineRecord(Record):
     """A checkpoint that must not be used, and why; keyed by its listing signature."""
 

@@ -80,13 +80,17 @@ def windows(
     healthy: Sequence[CheckpointRecord],
     params: WindowParams,
     wanted: Callable[[CheckpointRecord], bool] = lambda newest: True,
+    *,
+    known: Iterable[CheckpointRecord] = (),
 ) -> list[Window]:
     """Every window of a trajectory whose newest checkpoint is wanted, in the order of training.
 
-    Raises ConfigurationError where ``window.span_tokens`` is set and tokens are not known.
+    ``known`` are the checkpoints that there ever were, healthy or gone: the first one after a
+    rollback tells where that went back to, whatever became of it. Raises ConfigurationError where
+    ``window.span_tokens`` is set and tokens are not known.
     """
     found = []
-    for line in lineages(healthy, params.boundaries):
+    for line in lineages(healthy, params.boundaries, known=known):
         if wanted(line[-1]):
             members = _members(line, params)
             if len(members) >= params.minimum:
@@ -95,16 +99,19 @@ def windows(
 
 
 def lineages(
-    records: Iterable[CheckpointRecord], boundaries: Sequence[int] = ()
+    records: Iterable[CheckpointRecord],
+    boundaries: Sequence[int] = (),
+    *,
+    known: Iterable[CheckpointRecord] = (),
 ) -> Iterator[Sequence[CheckpointRecord]]:
     """For each checkpoint, in the order of training: its ancestors in its segment, and last it.
 
-    Each is good until the next one is asked for: they share a list, so that ten thousand
-    checkpoints take ten thousand steps and not their square.
+    ``known`` as in `windows`. Each is good until the next one is asked for: they share a list, so
+    that ten thousand checkpoints take ten thousand steps and not their square.
     """
     ordered = in_order(records)
     cuts = sorted(boundaries)
-    starts = _generation_starts(ordered)
+    starts = _generation_starts([*ordered, *known])
     lines: dict[tuple[str, int], list[CheckpointRecord]] = {}
     generation = 0
     for newest in ordered:

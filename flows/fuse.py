@@ -151,7 +151,9 @@ def _find_window(service: Service, listing: Listing, state: State, step: int | N
         for checkpoint in listing.complete
         if checkpoint.signature in state.scored and checkpoint.signature not in state.quarantined
     ]
-    found = [w for w in windows(healthy, service.params.window) if step in (None, w.step)]
+    known = state.checkpoints.values()
+    found = windows(healthy, service.params.window, known=known)
+    found = [window for window in found if step in (None, window.step)]
     if not found:
         steps = ", ".join(str(record.step) for record in healthy) or "none"
         raise ConfigurationError(

@@ -10,6 +10,7 @@ from ckptfuse.plan import Actions, Quarantine, Skip, State, plan
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
+    PassRecord,
     PublicationRecord,
     QuarantineRecord,
     RetirementRecord,
@@ -64,6 +65,7 @@ def load_state(
         scored=scorer.scored_among(known.values()),
         held=held,
         delayed=delayed,
+        passed=records.all(PassRecord),
         affordable=scorer.affordable(),
         quarantined=records.all(QuarantineRecord),
         gates={gate.window: gate for gate in records.all(GateRecord).values()},
@@ -78,8 +80,11 @@ def look_file(service: Service) -> LookFile:
 
 
 def next_actions(service: Service, listing: Listing, state: State, *, live: bool) -> Actions:
-    """Decide, and tell monitoring what waits."""
+    """Decide, tell monitoring what waits, and remember what is passed over."""
     actions = plan(listing, state, service.params, live=live)
+    for one in actions.passed:
+        record = PassRecord(name=one.name, step=one.step, stage=one.stage, signature=one.signature)
+        service.records.put(one.signature, record)
     numerics = service.scorer.numerics
     look_file(service).found(listing, actions.due, corpus=state.corpus, numerics=numerics)
     return actions

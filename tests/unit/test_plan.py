@@ -15,6 +15,7 @@ from ckptfuse.plan import Actions, State, plan
 from ckptfuse.records import (
     CheckpointRecord,
     GateRecord,
+    PassRecord,
     PublicationRecord,
     QuarantineRecord,
     SkipRecord,
@@ -56,6 +57,11 @@ class World:
         """Write the records that carrying out ``actions`` leaves behind."""
         for item in actions.quarantine:
             self.quarantine(item.checkpoint, item.architecture)
+        for one in actions.passed:
+            passed = PassRecord(
+                name=one.name, step=one.step, stage=one.stage, signature=one.signature
+            )
+            self._put(passed={**self.state.passed, one.signature: passed})
         for checkpoint in actions.score:
             self.score(checkpoint)
         for key in actions.publish:
@@ -160,6 +166,16 @@ def test_live_only_the_newest_window_is_fused_and_older_ones_are_superseded() ->
         (200, "superseded by step400"),
         (300, "superseded by step400"),
     ]
+
+
+def test_live_nothing_older_is_fused_than_what_is_decided() -> None:
+    world = scored(100, 200, 400)
+    world.run()
+    world.score(world.land(300, clock=1001.5))  # written before step 400, and read after it
+    actions = world.plan()
+    assert not actions.fuse
+    assert [(s.step, s.reason) for s in actions.skip] == [(300, "superseded by step400")]
+    assert fused(world.plan(live=False)) == [[100, 200, 300]]
 
 
 def test_a_backfill_fuses_every_window_in_the_order_of_training() -> None:
@@ -318,6 +334,13 @@ def test_a_foreign_architecture_is_quarantined_against_the_majority() -> None:
     assert fused(world.plan()) == [[100, 200]]
 
 
+def test_the_majority_is_the_trajectorys_and_not_that_of_what_is_left_of_it() -> None:
+    world = scored(100, 200, 300, 400)
+    foreign = [world.land(step, architecture="another") for step in (500, 600)]
+    world.listing = replace(world.listing, complete=world.listing.complete[-3:])
+    assert [q.checkpoint for q in world.plan().quarantine] == foreign
+
+
 def test_a_declared_boundary_and_a_stage_have_majorities_of_their_own() -> None:
     world = scored(100, 200, 300)
     changed = [world.land(400, architecture="wider"), world.land(500, architecture="wider")]
@@ -379,6 +402,19 @@ def test_a_rollback_is_scored_and_its_windows_leave_the_abandoned_steps_out() ->
     assert fused(fusing) == [[100, 200, 300]]
     (newest,) = fusing.fuse
     assert newest.window.newest.generation == 2
+
+
+def test_a_rollback_is_known_by_its_first_checkpoint_though_that_is_gone() -> None:
+    world = scored(100, 200, 300)
+    for step in (250, 400, 500):
+        world.land(step, content=f"{step} again", clock=9000.0 + step)
+    world.run()
+    world.score(world.land(600, clock=9900))
+    left = tuple(c for c in world.listing.complete if c.step != 250)
+    world.listing = replace(world.listing, complete=left)
+    params = Params.model_validate({"window": {"size": 9, "minimum": 2}})
+    (item,) = world.plan(params=params).fuse
+    assert steps_of(item.window.members) == [100, 200, 400, 500, 600]
 
 
 # -- properties --------------------------------------------------------------------------------
@@ -471,6 +507,22 @@ def test_checkpoints_that_are_passed_over_stop_no_fusion_and_are_told() -> None:
     actions = limited(world, every=2)
     assert [member.step for member in actions.fuse[0].window.members] == [100, 300]
     assert actions.notes == ("2 checkpoints are passed over: scoring.every is 2",)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 5])
+@pytest.mark.parametrize("every", [2, 3])
+def test_every_kth_is_scored_though_the_trainer_keeps_only_its_last_few(
+    every: int, kept: int
+) -> None:
+    world = World()
+    scored = []
+    for step in range(100, 1300, 100):
+        world.land(step)
+        world.listing = replace(world.listing, complete=world.listing.complete[-kept:])
+        actions = limited(world, every=every)
+        world.act(actions)
+        scored += steps_of(actions.score)
+    assert scored == list(range(100, 1300, 100 * every))
 
 
 def test_a_spent_budget_takes_the_newest_first_and_says_what_waits() -> None:
