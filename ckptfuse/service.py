@@ -6,8 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+from ckptfuse.conversion import made_by
 from ckptfuse.corpus import Split
 from ckptfuse.errors import RecordError
+from ckptfuse.fusion import Recipe
 from ckptfuse.jobs import Here, Runner
 from ckptfuse.losses import Losses
 from ckptfuse.params import Params
@@ -41,6 +43,13 @@ class Service:
     def bucket(self) -> str | None:
         """The bucket's URI without a slash at its end; None for a service that has none."""
         return None if not self.params.bucket else open_store(self.params.bucket).uri.rstrip("/")
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """How merges are made; asked for every one that a rule thinks of."""
+        fuse, scoring = self.params.fuse, self.params.scoring
+        converted = None if scoring.model is None else made_by(scoring.converter, scoring.model)
+        return Recipe(dtype=fuse.dtype, copied=fuse.copied, strict=fuse.strict, converted=converted)
 
     def placed(self, checkpoint: Placed) -> Placed:
         """The checkpoint where it lies now: a record names the place where it was first read."""

@@ -5,7 +5,7 @@ import json
 from ckptfuse.checkpoints import CONFIG, INDEX, METADATA, Contents, is_ancillary
 from ckptfuse.digests import content_digest
 from ckptfuse.errors import ConfigurationError
-from ckptfuse.fingerprints import copy_file
+from ckptfuse.fingerprints import check_unchanged, copy_file
 from ckptfuse.fusion import FusionSpec
 from ckptfuse.layouts import is_optimizer
 from ckptfuse.merge.inputs import Inputs
@@ -19,13 +19,17 @@ CARD = "README.md"
 def write_companions(
     inputs: Inputs, spec: FusionSpec, target: Store, weights: Contents
 ) -> Contents:
-    """All that is no weights; ``fusion.json`` names every other file, and its hash."""
+    """All that is no weights; ``fusion.json`` names every other file, and its hash.
+
+    Raises ChangedCheckpoint if what it is taken from was written again since it was listed.
+    """
     if inputs.recipe.form == "dcp":
         contents = weights | _copy_rest(inputs, target)
         small = _metadata(inputs)
     else:
         contents = dict(weights)
         small = _ancillary_files(inputs)
+    check_unchanged(inputs.ancillary.checkpoint)
     return write_small(small, spec, target, contents)
 
 

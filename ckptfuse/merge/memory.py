@@ -22,6 +22,8 @@ def merge_to_memory(
 
     Tensors are views of one buffer per file: the peak is the size of one model.
     """
+    for tensor in inputs.ancillary.tensors.values():
+        torch_dtype(tensor, inputs.ancillary.checkpoint)  # or says that torch has none
     state_dict: dict[str, torch.Tensor] = {}
     with Pass(inputs, [weights], block_elements=block_elements) as merging:
         for file in merging.files:
@@ -44,7 +46,6 @@ class _Buffer:
 def _views(file: OutputFile, buffer: torch.Tensor, inputs: Inputs) -> dict[str, torch.Tensor]:
     views = {}
     for placed in file.placed:
-        torch_dtype(placed.tensor, inputs.ancillary.checkpoint)  # or says that torch has none
         flat = buffer[placed.start : placed.start + placed.length]
         if placed.start % placed.width:  # legal in the format, and torch wants alignment
             flat = flat.clone()

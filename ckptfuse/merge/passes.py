@@ -38,8 +38,9 @@ REMOTE_THREADS = 16
 class Pass:
     """A pass over ``inputs`` for these weight vectors; a context that holds the input files open.
 
-    Each input with a weight in any vector is read once. When the context ends without an error,
-    ChangedCheckpoint is raised if an input was written again during the pass.
+    Each input with a weight in any vector is read once, and of the ancillary one what is copied.
+    When the context ends without an error, ChangedCheckpoint is raised if one of these was written
+    again during the pass.
     """
 
     def __init__(
@@ -93,9 +94,9 @@ class Pass:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
         if kind is None:
-            for source in self._sources:
-                if source is not None:
-                    check_unchanged(source.layout.checkpoint)
+            read = [source.layout for source in self._sources if source is not None]
+            for layout in {id(one): one for one in (*read, self.inputs.ancillary)}.values():
+                check_unchanged(layout.checkpoint)
 
     def _open(self, layout: Layout) -> Source:
         store = layout.checkpoint.store()

@@ -6,13 +6,10 @@ review_weights    what it says now that the fusion is scored: it may correct its
 
 import math
 from collections.abc import Sequence
-from functools import cache
 
-from ckptfuse.conversion import made_by
 from ckptfuse.deciding import Decision, Evaluator, Recall, decide
 from ckptfuse.digests import digest
-from ckptfuse.fusion import FusionSpec, Recipe
-from ckptfuse.params import Params
+from ckptfuse.fusion import FusionSpec
 from ckptfuse.plan import Fuse
 from ckptfuse.protocol import Input, MergeModel
 from ckptfuse.records import CheckpointRecord, Member, MergeLoss, PlanRecord
@@ -89,15 +86,6 @@ def _measurement(service: Service, model_id: str, tokenizer: str) -> Measurement
     return measure(losses, service.scorer.target_weights)
 
 
-def _recipe(params: Params) -> Recipe:
-    fuse, scoring = params.fuse, params.scoring
-    converted = None if scoring.model is None else _made_by(scoring.converter, scoring.model)
-    return Recipe(dtype=fuse.dtype, copied=fuse.copied, strict=fuse.strict, converted=converted)
-
-
-_made_by = cache(made_by)  # asked for every merge that a rule thinks of
-
-
 def spec_of(
     service: Service, members: Sequence[CheckpointRecord | Member], weights: Sequence[float]
 ) -> FusionSpec:
@@ -105,7 +93,7 @@ def spec_of(
         fingerprints=tuple(member.fingerprint for member in members),
         weights=tuple(weights),
         ancillary=members[-1].fingerprint,
-        recipe=_recipe(service.params),
+        recipe=service.recipe,
     )
 
 
@@ -216,8 +204,11 @@ def _merges(decision: Decision) -> list[MergeLoss]:
 
 
 def _is_possible(service: Service, decided: PlanRecord, window: Window) -> bool:
-    """Whether it is merged already, or all that it draws from is still in the window."""
+    """Whether it is merged already, or all that it draws from is as it was, and in the window."""
     if service.weights_of(decided.fusion) is not None:
         return True
+    weights = [member.weight for member in decided.members]
+    if spec_of(service, decided.members, weights).id != decided.fusion:
+        return False  # the folder that scoring.model names has changed
     present = {member.fingerprint for member in window.members}
     return all(m.fingerprint in present for m in decided.members if m.weight)

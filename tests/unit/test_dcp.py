@@ -260,6 +260,12 @@ def test_a_checkpoint_is_complete_when_every_file_is_as_long_as_its_metadata_say
         open_checkpoint(str(path))
 
 
+def test_a_dtype_that_torch_cannot_merge_is_named(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(2, dtype=torch.complex64)}, checkpoint_id=tmp_path, no_dist=True)
+    with pytest.raises(DamagedCheckpoint, match=r"'w' is stored as C64"):
+        load(open_checkpoint(str(tmp_path)))
+
+
 class _Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.system, ("touch unpickled",)

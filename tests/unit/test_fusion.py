@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from ckptfuse import digests
 from ckptfuse.checkpoints import open_checkpoint
-from ckptfuse.errors import ConfigurationError, NonFiniteValues, StoreError
+from ckptfuse.errors import ChangedCheckpoint, ConfigurationError, NonFiniteValues, StoreError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec, Recipe
+from ckptfuse.merge import folder
 from ckptfuse.merge.folder import JOURNAL, merge_shard, unfinished_folder, write_fusion
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
@@ -24,7 +25,7 @@ from ckptfuse.merge.passes import Pass
 from ckptfuse.reading import load
 from ckptfuse.store import FolderStore, S3Store, open_store
 from ckptfuse.store.folder import TEMPORARY_PREFIX, _Reader
-from tests.helpers import CONFIG, bits, folder_bytes, write_checkpoint
+from tests.helpers import CONFIG, bits, folder_bytes, make_older, write_checkpoint
 from tests.servers import S3Server
 from tests.unit.test_merge import WEIGHTS, opened, three, write_unaligned
 
@@ -107,6 +108,25 @@ def test_a_dtype_asked_for_changes_tensors_config_and_total_size(
     if shards > 1:
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == 5 * 2 + 8
+
+
+def test_a_configuration_written_again_after_the_weights_were_merged_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(tmp_path)
+    inputs = opened(tmp_path)
+    spec = spec_of(inputs, WEIGHTS)
+    merged = folder.merge_to_stores
+
+    def and_then(*arguments: Any, **named: Any) -> Any:
+        made = merged(*arguments, **named)
+        make_older(Path(inputs.ancillary.checkpoint.uri), 50)
+        return made
+
+    monkeypatch.setattr(folder, "merge_to_stores", and_then)
+    with pytest.raises(ChangedCheckpoint, match=r"config\.json was written again"):
+        write_fusion(inputs, spec, FolderStore(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -234,6 +234,14 @@ def test_an_input_that_is_written_again_during_the_pass_is_told_at_its_end(tmp_p
         make_older(tmp_path / "step1", 50)
 
 
+def test_what_gives_the_copied_tensors_is_watched_though_it_has_no_weight(tmp_path: Path) -> None:
+    three(tmp_path)
+    inputs = opened(tmp_path)
+    inputs = Inputs(inputs.layouts[:2], inputs.layouts[2])
+    with pytest.raises(ChangedCheckpoint, match="step2"), passes.Pass(inputs, [(0.5, 0.5)]):
+        make_older(tmp_path / "step2", 50)
+
+
 def test_all_weight_on_one_checkpoint_gives_its_own_bytes(tmp_path: Path) -> None:
     states = three(tmp_path)
     merged = merge_to_memory(opened(tmp_path), (0.0, 1.0, 0.0))

@@ -85,6 +85,13 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_stands(
         load(write_checkpoint(tmp_path / "step2", {"w": values.to(dtype)}))
 
 
+def test_a_buffer_that_merges_copy_may_hold_infinity(tmp_path: Path) -> None:
+    bias = torch.tensor(-1e9).half()  # GPT-NeoX's, which float16 makes infinite
+    tensors = {"w": torch.ones(2), "layers.0.attention.masked_bias": bias}
+    loaded = load(write_checkpoint(tmp_path / "step1", tensors))
+    assert loaded.state_dict["layers.0.attention.masked_bias"] == -torch.inf
+
+
 def test_a_dtype_that_cannot_be_held_is_named(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "step1", {"x": torch.ones(2).to(torch.float8_e5m2)})
     with pytest.raises(DamagedCheckpoint, match=r"'x' is stored as F8_E5M2"):
