@@ -12,11 +12,12 @@ from prefect import flow
 from ckptfuse.errors import CkptfuseError, PublicationError
 from ckptfuse.listing import Listed, Listing
 from ckptfuse.looks import Pending
-from ckptfuse.plan import Actions, State
+from ckptfuse.plan import Actions, Fuse, State
 from ckptfuse.records import GateRecord, PromotionRecord, SkipRecord
 from ckptfuse.service import Service, plans_of
 from ckptfuse.steps.look import discover, load_state, look_file, next_actions
 from ckptfuse.steps.survey import known_survey
+from ckptfuse.window import window_key
 from flows.fuse import fuse, publish_window
 from flows.opening import mend_server, open_flow
 from tasks import news
@@ -116,7 +117,11 @@ def _look(
         survey_corpus(service)
     summary = Summary.of(listing)
     while actions:
-        _act(service, params_file, state, actions, summary)
+        try:
+            _act(service, params_file, state, actions, summary)
+        except _Outdated:
+            log.warning("parameters or text were changed during this look; the next goes by them")
+            break
         held = frozenset(item.signature for item in summary.held)
         state = load_state(service, held, summary.waiting)
         actions = next_actions(service, listing, state, live=live)
@@ -200,6 +205,7 @@ def _act(
         skip(service, superseded)
         summary.skipped += 1
     for item in actions.fuse:
+        _check_current(params_file, item)
         members = [member.signature for member in item.window.members]
         try:
             verdict = fuse(params_file, item.key, item.window.step, members)
@@ -213,6 +219,18 @@ def _act(
             return
         summary.verdicts.append(verdict)
         summary.published += verdict.verdict == "publish"
+
+
+class _Outdated(Exception):
+    """What a look was to do follows from parameters or text that are no longer there."""
+
+
+def _check_current(params_file: str, item: Fuse) -> None:
+    """`fuse` reads the parameters anew: a window must be decided by those that asked for it."""
+    now = open_flow(params_file)
+    science, corpus = now.params.scientific_digest(), now.scorer.corpus_digest()
+    if window_key(item.window.newest, science, corpus) != item.key:
+        raise _Outdated
 
 
 def _names(checkpoints: Sequence[Listed]) -> str:

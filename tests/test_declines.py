@@ -5,9 +5,11 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -19,6 +21,7 @@ from ckptfuse.service import Service, open_service
 from ckptfuse.steps.look import discover, look_file, next_actions
 from flows.cli import app
 from flows.watch import watch
+from tasks.score import score_checkpoints
 from tests.conftest import Project, Trajectories, Trajectory, make_project
 from tests.helpers import write_checkpoint
 from tests.observing import runs_in_prefect
@@ -224,6 +227,27 @@ def test_a_checkpoint_that_is_denied_fails_a_look_that_scored_another(
     assert done.exit_code == 1
     assert "1 scored" in done.output
     assert "1 could not be read or scored, checkpoint-480 among them" in done.output
+
+
+def test_parameters_that_are_edited_during_a_look_decide_from_the_next_on(
+    trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path / "edited", trajectory)
+    project.land(600, 660, 720)
+    scoring = score_checkpoints
+
+    def edited_meanwhile(*arguments: Any) -> object:
+        unscored = scoring(*arguments)
+        file = Path(project.params_file)
+        values = yaml.safe_load(file.read_text())
+        file.write_text(yaml.safe_dump({**values, "rule": {"name": "uniform"}}))
+        return unscored
+
+    monkeypatch.setattr("flows.watch.score_checkpoints", edited_meanwhile)
+    first = watch(project.params_file)
+    assert (first.scored, first.verdicts, project.plans()) == (3, [], [])
+    assert len(watch(project.params_file).verdicts) == 1
+    assert [plan["rule"] for plan in project.plans()] == ["uniform"]
 
 
 def test_a_newest_checkpoint_that_went_bad_is_fused_around(
