@@ -56,6 +56,7 @@ class Look(BaseModel):
     held: tuple[Pending, ...] = ()  # checkpoints that could not be read or scored just now
     waits: str | None = None  # why a publication could not be finished just now
     corpus: str | None = None  # its digest: with the numerics it tells which losses are current
+    tokenizer: str | None = None  # of the one that parameters name for all checkpoints
     numerics: Numerics | None = None
 
 
@@ -77,7 +78,13 @@ class LookFile:
         self._tell(begun=time.time(), unfinished=last.unfinished + 1 if last else 1)
 
     def found(
-        self, listing: Listing, due: Iterable[Healthy], *, corpus: str, numerics: Numerics
+        self,
+        listing: Listing,
+        due: Iterable[Healthy],
+        *,
+        corpus: str,
+        tokenizer: str | None,
+        numerics: Numerics,
     ) -> None:
         """What the bucket holds, and which of its checkpoints are due to be scored."""
         self._tell(
@@ -87,6 +94,7 @@ class LookFile:
                 Queued(signature=c.signature, step=c.step, written=c.modified) for c in due
             ),
             corpus=corpus,
+            tokenizer=tokenizer,
             numerics=numerics,
         )
 

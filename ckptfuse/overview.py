@@ -79,7 +79,7 @@ def overview(service: Service, split: Split = "report") -> Overview:
     if present is not None:
         words[present.fusion] = "champion"
     rows: list[Row] = []
-    ordered = in_order(records.all(CheckpointRecord).values())
+    ordered = in_order(service.checkpoints().values())
     marks = spikes_among(service, ordered)
     single = service.params.window.model_copy(update={"minimum": 1})  # best single: of any number
     for window in windows(ordered, single):

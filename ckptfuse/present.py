@@ -23,13 +23,15 @@ def corpus_of_last_look(service: Service) -> str | None:
     Of a service that only reads records from here on. Returns the sentence that tells of it, None
     where the corpus is there; raises what reading it does where no look has left a digest.
     """
+    scorer = service.scorer
     try:
-        service.scorer.corpus_digest()
+        scorer.corpus_digest()
+        _ = scorer.given_tokenizer
     except (StoreError, ConfigurationError) as error:
         last = look_file(service).last()
         if last is None or last.corpus is None:
             raise
-        service.scorer.assume_corpus(last.corpus)
+        scorer.assume(last.corpus, last.tokenizer)
         return f"the corpus cannot be read, losses are on that of the last look: {error}"
     return None
 

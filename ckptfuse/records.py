@@ -35,7 +35,8 @@ class CheckpointRecord(Record):
     signature: str
     fingerprint: str
     architecture: str
-    tokenizer: str
+    tokenizer: str  # digest of what it was first scored with
+    own_tokenizer: str | None = None  # of what lies in it; None of earlier versions, or without one
     segment: str
     generation: int
 

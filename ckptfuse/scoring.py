@@ -5,7 +5,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from ckptfuse import blocks as blocks_module
@@ -82,14 +82,22 @@ class Scorer:
 
     def tokenizer(self, checkpoint_uri: str) -> TokenizerSource:
         """The tokenizer that scores this checkpoint; raises CorpusError without one."""
-        uri = self.params.corpus.tokenizer or self.params.scoring.model or checkpoint_uri
-        found = tokenizer_files_digest(open_store(uri))
-        if found is None:
-            raise CorpusError(
-                f"{uri}: no tokenizer files; set corpus.tokenizer in params.yaml to a folder "
-                "that has them"
-            )
-        return TokenizerSource(found, uri)
+        return self.given_tokenizer or _tokenizer_at(checkpoint_uri)
+
+    @cached_property
+    def given_tokenizer(self) -> TokenizerSource | None:
+        """The one that parameters name for all checkpoints; None where each is scored by its own.
+
+        Raises CorpusError where there are no files of one.
+        """
+        uri = self.params.corpus.tokenizer or self.params.scoring.model
+        return None if uri is None else _tokenizer_at(uri)
+
+    def tokenizer_of(self, record: CheckpointRecord) -> str:
+        """Digest of the tokenizer that scores a checkpoint now: parameters may have changed."""
+        if self.given_tokenizer is not None:
+            return self.given_tokenizer.digest
+        return record.own_tokenizer or record.tokenizer
 
     def corpus(self) -> Corpus:
         return self._kept.corpus
@@ -102,9 +110,13 @@ class Scorer:
         """The corpus's digest; for files that were read before, from their sizes and versions."""
         return self._kept.digest
 
-    def assume_corpus(self, digest: str) -> None:
-        """Go by this digest without reading any text: to look up what was scored, not to score."""
-        self._kept.digest = digest
+    def assume(self, corpus: str, tokenizer: str | None) -> None:
+        """Go by these digests without reading any text: to look up what was scored, not to score.
+
+        ``tokenizer`` is the one that parameters name for all checkpoints, if they do.
+        """
+        self._kept.digest = corpus
+        self.given_tokenizer = TokenizerSource(tokenizer, "") if tokenizer else None
 
     def block_digest(self, tokenizer: str, split: Split) -> str:
         return block_digest(
@@ -215,6 +227,16 @@ class Scorer:
             return None
         arrays = self.records.arrays(ScoreRecord, key)
         return Losses(record.blocks, tuple(sorted(record.domains)), **arrays)
+
+
+def _tokenizer_at(uri: str) -> TokenizerSource:
+    found = tokenizer_files_digest(open_store(uri))
+    if found is None:
+        raise CorpusError(
+            f"{uri}: no tokenizer files; set corpus.tokenizer in params.yaml to a folder that has "
+            "them"
+        )
+    return TokenizerSource(found, uri)
 
 
 def _reading() -> Reading:

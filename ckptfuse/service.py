@@ -58,6 +58,22 @@ class Service:
             return checkpoint
         return checkpoint.model_copy(update={"uri": uri})
 
+    def checkpoints(self) -> dict[str, CheckpointRecord]:
+        """Signature -> what was ever read, where it lies and with what tokenizer it is scored now.
+
+        Raises CorpusError where the tokenizer that parameters name is not there.
+        """
+        return {
+            signature: self._scored_now(self.placed(record))
+            for signature, record in self.records.all(CheckpointRecord).items()
+        }
+
+    def _scored_now(self, record: CheckpointRecord) -> CheckpointRecord:
+        tokenizer = self.scorer.tokenizer_of(record)
+        if tokenizer == record.tokenizer:
+            return record
+        return record.model_copy(update={"tokenizer": tokenizer})
+
     def weights_of(self, fusion: str) -> Path | None:
         """The folder of a merged model; None where it is not (any more, or completely) here."""
         folder = self.workspace.model(fusion)

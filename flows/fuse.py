@@ -8,7 +8,6 @@ from ckptfuse.errors import CkptfuseError, ConfigurationError, NonFiniteValues, 
 from ckptfuse.listing import Listing
 from ckptfuse.plan import Fuse, Quarantine, Skip, State
 from ckptfuse.records import (
-    CheckpointRecord,
     GateRecord,
     PlanRecord,
     PublicationRecord,
@@ -43,9 +42,8 @@ def fuse(params_file: str, window: str, step: int, members: list[str]) -> GateRe
     is not finite: a damaged checkpoint is quarantined then, and the window skipped without one.
     """
     service = open_flow(params_file)
-    known = service.records.all(CheckpointRecord)
-    found = tuple(service.placed(known[signature]) for signature in members)
-    item = Fuse(window, Window(found))
+    known = service.checkpoints()
+    item = Fuse(window, Window(tuple(known[signature] for signature in members)))
     try:
         decided = _decided(service, item)
         verdict = judge_fusion(service, decided)

@@ -82,7 +82,7 @@ def _memory(registry: Registry) -> Path:
 
 def _points(service: Service, seen: Overview, logged: Logged) -> Iterator[Point]:
     written = {}
-    for checkpoint in service.records.all(CheckpointRecord).values():
+    for checkpoint in service.checkpoints().values():
         written[checkpoint.fingerprint] = checkpoint.modified
         point = (checkpoint.step, checkpoint.modified)
         yield from _losses(

@@ -9,7 +9,7 @@ from prefect.concurrency.sync import concurrency
 from ckptfuse.jobs import Here, ModelScores
 from ckptfuse.listing import Healthy
 from ckptfuse.protocol import Request
-from ckptfuse.records import CheckpointRecord, PlanRecord
+from ckptfuse.records import PlanRecord
 from ckptfuse.service import Service, losses_of, target_loss
 from ckptfuse.steps import score
 from ckptfuse.steps.score import Unscored
@@ -28,8 +28,8 @@ def score_checkpoints(service: Service, waiting: Sequence[Healthy], names: str) 
         else:
             log.warning("%s could not be scored now: %s", item.checkpoint.name, item.reason)
     left = {item.checkpoint.signature for item in unscored}
-    found = [service.records.get(CheckpointRecord, one.signature) for one in waiting]
-    scored = [record for record in found if record is not None and record.signature not in left]
+    known = service.checkpoints()
+    scored = [known[one.signature] for one in waiting if one.signature not in left]
     for record in scored:
         losses = losses_of(service, record.fingerprint, record.tokenizer, "selection")
         log.info("scored %s: loss %.4f on selection", record.name, target_loss(service, losses))

@@ -25,7 +25,9 @@ class Seen:
 
     @cached_property
     def checkpoints(self) -> dict[str, CheckpointRecord]:
-        return self.all(CheckpointRecord)
+        if self.look is not None and self.look.corpus is not None:
+            self.service.scorer.assume(self.look.corpus, self.look.tokenizer)
+        return self.service.checkpoints()
 
     @cached_property
     def quarantined(self) -> dict[str, QuarantineRecord]:

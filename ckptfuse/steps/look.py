@@ -8,7 +8,6 @@ from ckptfuse.listing import Conventions, Listed, Listing, find, look_again
 from ckptfuse.looks import LookFile
 from ckptfuse.plan import Actions, Quarantine, Skip, State, plan
 from ckptfuse.records import (
-    CheckpointRecord,
     GateRecord,
     PassRecord,
     PublicationRecord,
@@ -55,10 +54,7 @@ def load_state(
 ) -> State:
     """What the records say now; checkpoints ``held``, windows ``delayed`` are left alone now."""
     records, scorer = service.records, service.scorer
-    known = {
-        signature: service.placed(record)
-        for signature, record in records.all(CheckpointRecord).items()
-    }
+    known = service.checkpoints()
     return State(
         corpus=scorer.corpus_digest(),
         checkpoints=known,
@@ -85,8 +81,15 @@ def next_actions(service: Service, listing: Listing, state: State, *, live: bool
     for one in actions.passed:
         record = PassRecord(name=one.name, step=one.step, stage=one.stage, signature=one.signature)
         service.records.put(one.signature, record)
-    numerics = service.scorer.numerics
-    look_file(service).found(listing, actions.due, corpus=state.corpus, numerics=numerics)
+    scorer = service.scorer
+    given = scorer.given_tokenizer
+    look_file(service).found(
+        listing,
+        actions.due,
+        corpus=state.corpus,
+        tokenizer=given.digest if given else None,
+        numerics=scorer.numerics,
+    )
     return actions
 
 

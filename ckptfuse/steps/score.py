@@ -15,6 +15,7 @@ from ckptfuse.records import CheckpointRecord, PlanRecord
 from ckptfuse.scoring import TokenizerSource
 from ckptfuse.service import Service
 from ckptfuse.steps.look import quarantine
+from ckptfuse.tokenizing import tokenizer_files_digest
 from ckptfuse.window import generation_of, segment_of
 
 
@@ -82,6 +83,7 @@ def _remember(
     if answer.fingerprint is None or answer.architecture is None:
         raise JobError(f"{checkpoint.uri}: the scoring job scored it without saying what it read")
     config = config_identity(read_layout(checkpoint).config)
+    is_given = service.scorer.given_tokenizer is not None
     known = service.records.all(CheckpointRecord).values()
     record = CheckpointRecord(
         name=checkpoint.name,
@@ -95,6 +97,9 @@ def _remember(
         fingerprint=answer.fingerprint,
         architecture=answer.architecture,
         tokenizer=tokenizer.digest,
+        own_tokenizer=(
+            tokenizer_files_digest(checkpoint.store()) if is_given else tokenizer.digest
+        ),
         segment=segment_of(
             stage=checkpoint.stage,
             config=config,
@@ -104,6 +109,13 @@ def _remember(
         generation=generation_of(checkpoint, answer.fingerprint, known),
     )
     service.records.put(checkpoint.signature, record)
+    stands = service.records.all(CheckpointRecord)[checkpoint.signature]
+    if service.scorer.tokenizer_of(stands) != tokenizer.digest:
+        raise CkptfuseError(
+            f"{checkpoint.uri} was first scored with a tokenizer that parameters named, by a "
+            "version that did not note its own: name that one again (corpus.tokenizer), or remove "
+            f"records/{CheckpointRecord.kind}/{checkpoint.signature}.json"
+        )
 
 
 def score_fusion(service: Service, decided: PlanRecord, folder: Path) -> None:

@@ -20,7 +20,7 @@ def spikes_among(service: Service, checkpoints: Iterable[CheckpointRecord]) -> d
         return service.scorer.target(fingerprint, tokenizer, "selection")
 
     wanted = {checkpoint.fingerprint for checkpoint in checkpoints}
-    known = service.records.all(CheckpointRecord).values()
+    known = service.checkpoints().values()
     found = {}
     for line in lineages(known, service.params.window.boundaries):
         if line[-1].fingerprint not in wanted:

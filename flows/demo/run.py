@@ -28,7 +28,6 @@ from ckptfuse.losses import Estimate, Losses, combine
 from ckptfuse.overview import PUBLISHED, Overview, overview, steps_saved
 from ckptfuse.params import PARAMS_FILE, Params
 from ckptfuse.params_loading import load_params
-from ckptfuse.records import CheckpointRecord
 from ckptfuse.report.page import write_report
 from ckptfuse.service import Service, losses_of, open_service, target_loss
 from ckptfuse.steps.look import discover, next_actions
@@ -210,7 +209,7 @@ def _print_result(service: Service, *, minutes: float) -> None:
 
 
 def _result(service: Service, seen: Overview) -> _Result:
-    known = list(service.records.all(CheckpointRecord).values())
+    known = list(service.checkpoints().values())
     newest = max(known, key=lambda c: c.step)
     best = min(
         known,

@@ -49,7 +49,9 @@ def test_looks_that_do_not_end_are_counted_until_one_does(tmp_path: Path) -> Non
 def test_what_waits_is_kept_through_the_end_and_the_next_beginning(tmp_path: Path) -> None:
     file, waiting = LookFile(tmp_path / "cache"), a_checkpoint(tmp_path)
     file.begin()
-    file.found(Listing(complete=(waiting,)), [waiting], corpus="c", numerics=NUMERICS)
+    file.found(
+        Listing(complete=(waiting,)), [waiting], corpus="c", tokenizer="t", numerics=NUMERICS
+    )
     file.end(held=(), waits=None)
     file.begin()
     last = file.last()
@@ -72,7 +74,7 @@ def test_why_a_checkpoint_is_not_complete_is_told_when_it_is_first_seen_so(
         refused = () if reason is None else (Refused(half, reason),)
         listing = Listing(incomplete=refused)
         news.incomplete(service, listing)
-        look_file(service).found(listing, [], corpus="c", numerics=NUMERICS)
+        look_file(service).found(listing, [], corpus="c", tokenizer="t", numerics=NUMERICS)
 
     look("last written 3 s ago")
     look("last written 9 s ago")

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ckptfuse.checkpoints import open_checkpoint
-from ckptfuse.errors import ChangedCheckpoint, RecordError
+from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, RecordError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.gate import best_member
+from ckptfuse.jobs import ModelScores
 from ckptfuse.merge.passes import Pass
 from ckptfuse.params import Params
 from ckptfuse.plan import Fuse, Quarantine, Skip
@@ -24,6 +25,8 @@ from ckptfuse.service import Service, losses_of, open_service, plans_of
 from ckptfuse.steps.judge import judge_fusion
 from ckptfuse.steps.look import discover, load_state, next_actions, quarantine, skip
 from ckptfuse.steps.merge import merge_fusion, merge_shard
+from ckptfuse.steps.score import Unscored
+from ckptfuse.steps.score import _remember as remember
 from ckptfuse.steps.weigh import decide_weights, review_weights, spec_of
 from ckptfuse.window import Window
 from tests.helpers import (
@@ -222,6 +225,65 @@ def test_a_checkpoint_counts_as_scored_when_every_split_has_its_record(service: 
     assert load_state(service).scored == frozenset()
     record_losses(service, record.fingerprint, np.ones(4), ["report"])
     assert load_state(service).scored == {record.signature}
+
+
+def scored_with(service: Service, tokenizer: str | None) -> Service:
+    """The same trajectory under parameters that name this tokenizer, or none."""
+    corpus = service.params.corpus.model_copy(update={"tokenizer": tokenizer})
+    return open_service(service.params.model_copy(update={"corpus": corpus}))
+
+
+def land_scores(service: Service) -> list[Unscored]:
+    """As if jobs had scored what is to be scored, with the tokenizer that they are told."""
+    listing, state = discover(service)
+    actions = next_actions(service, listing, state, live=True)
+    unscored = []
+    for found in actions.score:
+        checkpoint = open_checkpoint(found.uri)
+        source = service.scorer.tokenizer(checkpoint.uri)
+        answer = ModelScores(fingerprint=fingerprint_of(checkpoint), architecture="a")
+        record_losses(service, str(answer.fingerprint), np.ones(40), tokenizer=source.digest)
+        try:
+            remember(service, found, source, answer)
+        except CkptfuseError as error:
+            unscored.append(Unscored(found, str(error), quarantined=False))
+    return unscored
+
+
+def test_what_scores_a_checkpoint_follows_the_parameters(service: Service, tmp_path: Path) -> None:
+    """To a tokenizer that they name, to another, to the checkpoints' own, and back."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(f'"{name}"')
+    for folder in Path(service.params.bucket or "").iterdir():
+        (folder / "tokenizer.json").write_text('"own"')
+        make_older(folder, 60)
+    digests = set()
+    for named in (str(tmp_path / "one"), str(tmp_path / "two"), None):
+        now = scored_with(service, named)
+        assert load_state(now).scored == frozenset()
+        assert land_scores(now) == []
+        assert len(load_state(now).scored) == 3
+        digests |= {record.tokenizer for record in now.checkpoints().values()}
+        listing, state = discover(now)
+        (item,) = next_actions(now, listing, state, live=True).fuse
+        assert decide_weights(now, item).tokenizer == item.window.newest.tokenizer
+    assert len(digests) == 3
+    assert len(load_state(scored_with(service, str(tmp_path / "one"))).scored) == 3
+
+
+def test_a_record_that_does_not_know_the_checkpoints_own_tokenizer_says_what_to_do(
+    service: Service,
+) -> None:
+    for folder in Path(service.params.bucket or "").iterdir():
+        (folder / "tokenizer.json").write_text('"own"')
+        make_older(folder, 60)
+    listing, _ = discover(service)
+    for found in listing.complete:
+        record = checkpoint_record(found.step, signature=found.signature, tokenizer="named")
+        service.records.put(found.signature, record)
+    assert all("name that one again" in item.reason for item in land_scores(service))
+    assert load_state(service).scored == frozenset()
 
 
 # -- weigh -------------------------------------------------------------------------------------
