@@ -76,19 +76,33 @@ def _stream(
     for index, document in enumerate(documents):
         if budget is not None and total >= budget:
             break
-        ids, byte_counts = encode(document.text, tokenizer)
-        if separator is not None:
-            ids, byte_counts = [separator, *ids], np.concatenate([[0], byte_counts])
-        keep = min(
-            len(ids),
-            per_document if per_document is not None else len(ids),
-            budget - total if budget is not None else len(ids),
-        )
-        tokens.append(np.asarray(ids[:keep], dtype=np.int32))
-        sizes.append(byte_counts[:keep].astype(np.int64))
-        owners.append(np.full(keep, index, dtype=np.int32))
-        total += keep
+        wanted = _least(per_document, None if budget is None else budget - total)
+        ids, byte_counts = _encode(document, tokenizer, separator, wanted)
+        tokens.append(np.asarray(ids, dtype=np.int32))
+        sizes.append(byte_counts.astype(np.int64))
+        owners.append(np.full(len(ids), index, dtype=np.int32))
+        total += len(ids)
     return _Stream(np.concatenate(tokens), np.concatenate(sizes), np.concatenate(owners))
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _encode(
+    document: Document, tokenizer: Tokenizer, separator: int | None, wanted: int | None
+) -> tuple[list[int], NDArray[np.int64]]:
+    """The first ``wanted`` tokens of a document, the separator included, and the bytes of each."""
+    before = [] if separator is None else [separator]
+    most = None if wanted is None else wanted - len(before)
+    ids, byte_counts = encode(document.text, tokenizer, most)
+    if not document.is_whole and (most is None or len(ids) < most):
+        raise CorpusError(
+            f"the document with SHA-256 {document.digest}, of {document.size:,} bytes, makes only "
+            f"{len(ids):,} tokens of its first {len(document.text):,} characters, which are all "
+            "that is kept of it; it is no text of words: take it out of the corpus's files"
+        )
+    return [*before, *ids], np.concatenate([np.zeros(len(before), np.int64), byte_counts])
 
 
 def _blocks(stream: _Stream, spans: Sequence[Span], code: int) -> dict[str, Any]:

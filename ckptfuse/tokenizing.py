@@ -1,23 +1,43 @@
 """Tokenizers of checkpoints: their identity, and text as tokens with the bytes of each."""
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptfuse.checkpoints import is_code, is_tokenizer, read_ancillary
+from ckptfuse.corpus.documents import beginning_of
 from ckptfuse.digests import content_digest, digest
 from ckptfuse.errors import CorpusError
 from ckptfuse.own_code import offered, reason_of, tokenizer_class
 from ckptfuse.store import Store
+
+#: Of the beginning that is tried first: twice what most tokenizers need.
+_CHARACTERS_PER_TOKEN = 8
+#: The last pieces of a beginning, that may be others where the text goes on.
+_UNCERTAIN_PIECES = 8
+
+
+class Encoded(NamedTuple):
+    """Token ids; where each begins and ends in the text, and which piece of the text it is from.
+
+    Pieces are what a tokenizer splits text into, a word or so, before it makes tokens of each by
+    itself. Slow tokenizers tell neither.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None
+    pieces: list[int] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
     """A Hugging Face tokenizer and the digest of its files."""
 
-    encode_with_offsets: Any
+    encode: Callable[[str], Encoded]
     separator: int | None  # the token between documents
     digest: str
 
@@ -69,21 +89,54 @@ def load_tokenizer(store: Store, *, trust_remote_code: bool = False) -> Tokenize
     if separator is None:
         separator = tokenizer.eos_token_id
 
-    def encode(text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+    def encode(text: str) -> Encoded:
         fast = bool(tokenizer.is_fast)
         answer = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast)
-        return answer["input_ids"], answer["offset_mapping"] if fast else None
+        if not fast:
+            return Encoded(answer["input_ids"], None, None)
+        return Encoded(answer["input_ids"], answer["offset_mapping"], answer.word_ids())
 
     return Tokenizer(encode, separator, digest_)
 
 
-def encode(text: str, tokenizer: Tokenizer) -> tuple[list[int], NDArray[np.int64]]:
-    """Token ids and the bytes of text that each stands for, which sum to the text's bytes.
+def encode(
+    text: str, tokenizer: Tokenizer, most: int | None = None
+) -> tuple[list[int], NDArray[np.int64]]:
+    """Token ids and the bytes of text that each stands for; the first ``most`` of them.
 
-    A token's bytes reach from the furthest end before it to its own end, so that pieces of one
-    character do not count it twice and skipped white space counts with the token after it.
+    All tokens' bytes sum to the text's. A token's reach from the furthest end before it to its own
+    end, so that pieces of one character do not count it twice and skipped white space counts with
+    the token after it.
     """
-    ids, offsets = tokenizer.encode_with_offsets(text)
+    first = None if most is None else _first(text, tokenizer, most)
+    if first is None:
+        first = _with_sizes(text, tokenizer.encode(text))
+    ids, sizes = first
+    return ids[:most], sizes[:most]
+
+
+def _first(
+    text: str, tokenizer: Tokenizer, most: int
+) -> tuple[list[int], NDArray[np.int64]] | None:
+    """At least ``most`` of the text's tokens, from a beginning of it; None: the whole is needed.
+
+    What comes before the last pieces of a beginning does not depend on how the text goes on. Where
+    a tokenizer does not tell pieces, or takes the text as one, all of it might.
+    """
+    length = _CHARACTERS_PER_TOKEN * most
+    while len(part := beginning_of(text, length)) < len(text):
+        encoded = tokenizer.encode(part)
+        if not encoded.pieces or encoded.pieces[-1] == 0:
+            return None
+        certain = bisect_right(encoded.pieces, encoded.pieces[-1] - _UNCERTAIN_PIECES)
+        if certain >= most:
+            return _with_sizes(part, encoded)
+        length *= 2
+    return None
+
+
+def _with_sizes(text: str, encoded: Encoded) -> tuple[list[int], NDArray[np.int64]]:
+    ids, offsets, _ = encoded
     if not ids:
         return ids, np.empty(0, np.int64)
     if offsets is None:  # a slow tokenizer has no offsets: spread the bytes evenly

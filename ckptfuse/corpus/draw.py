@@ -11,22 +11,23 @@ are the corpus: as many as the budget can use, whatever the tokenizer::
 since no tokenizer that we know makes one token of 32 bytes of text on average, and no document is
 less than a token. (With one that does, fewer tokens than the budget are scored.) So a fixed random
 sample grows without being reshuffled, memory holds what is drawn and not the files, and what is
-drawn, drawn from again, is the same corpus: that is what the ledger keeps.
+drawn, drawn from again, is the same corpus: that is what the ledger keeps. Of a long document a
+beginning is kept, of twice as many characters as are counted.
 """
 
 import hashlib
 import heapq
-import json
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
+from ckptfuse.corpus.documents import Document
 from ckptfuse.corpus.files import find_files
-from ckptfuse.corpus.texts import texts
+from ckptfuse.corpus.texts import read_documents
 from ckptfuse.digests import digest
 from ckptfuse.errors import CorpusError
 from ckptfuse.params import Budget, CorpusParams, Shares
@@ -38,14 +39,10 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Progress = Callable[[int, int], None]
 
 BYTES_PER_TOKEN = 32
+#: Of the longest beginning that is kept. Twice the bytes that count: there are tokens to spare.
+CHARACTERS_PER_TOKEN = 2 * BYTES_PER_TOKEN
 #: Names how documents are drawn.
 DRAW = f"draw-1:{BYTES_PER_TOKEN}"
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    text: str
-    digest: str  # SHA-256 (hex) of the UTF-8 text
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +97,8 @@ def read_corpus(
     for name, domain in sorted(params.domains.items()):
         draw = _Draw(params, None if whole else params.budget(name), taken)
         for file in files[name]:
-            for text in texts(file, domain.field, read=lambda size: read(size, total)):
-                draw.offer(text)
+            for document in read_documents(file, domain.field, read=lambda size: read(size, total)):
+                draw.offer(document)
         domains[name] = draw.documents()
         if not domains[name]:
             raise CorpusError(f"{domain.path}: domain {name!r} has no documents of its own")
@@ -116,7 +113,7 @@ class _Draw:
     def __init__(self, params: CorpusParams, budget: Budget | None, taken: set[str]) -> None:
         self._params = params
         self._taken = taken
-        self._most = BYTES_PER_TOKEN * params.tokens_per_document
+        self._is_whole = budget is None
         self._first = {
             split: _First(
                 BYTES_PER_TOKEN * getattr(budget, split) if budget is not None else math.inf
@@ -126,17 +123,26 @@ class _Draw:
         self._hashes = array("Q")
         self._bytes = 0
 
-    def offer(self, text: str) -> None:
-        data = text.encode()
-        hashed = hashlib.sha256(data)
-        self._hashes.append(int.from_bytes(hashed.digest()[:8], "big"))
-        self._bytes += len(data)
-        document = Document(text, hashed.hexdigest())
+    def offer(self, document: Document) -> None:
+        if self._is_whole and not document.is_whole:
+            document = Document.of(document.text)  # what the file has of it is all that is wanted
+        self._hashes.append(int(document.digest[:16], 16))
+        self._bytes += document.size
         if document.digest in self._taken:
             return
         split = split_of(document, salt=self._params.salt, shares=self._params.shares)
-        counted = min(max(len(data), BYTES_PER_TOKEN), self._most)
-        self._first[split].offer(_place(self._params.seed, document), counted, document)
+        self._first[split].offer(
+            _place(self._params.seed, document), self._counted(document), self._kept(document)
+        )
+
+    def _counted(self, document: Document) -> int:
+        most = BYTES_PER_TOKEN * self._params.tokens_per_document
+        return min(max(document.size, BYTES_PER_TOKEN), most)
+
+    def _kept(self, document: Document) -> Document:
+        if self._is_whole:
+            return document
+        return document.beginning(CHARACTERS_PER_TOKEN * self._params.tokens_per_document)
 
     def documents(self) -> tuple[Document, ...]:
         """What is drawn, of all splits together, in the order of the draw."""
@@ -212,9 +218,3 @@ def documents_of(
         )
         for name, documents in corpus.domains.items()
     }
-
-
-def jsonl(documents: Iterable[Document]) -> bytes:
-    """Documents as a file that reads back as the same ones: a JSON object with ``text`` a line."""
-    lines = (json.dumps({"text": document.text}, ensure_ascii=False) for document in documents)
-    return "".join(f"{line}\n" for line in lines).encode()

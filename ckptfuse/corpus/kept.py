@@ -9,12 +9,16 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
-from ckptfuse.corpus.draw import DRAW, Corpus, Progress, Source, jsonl, read_corpus
+from ckptfuse.corpus.documents import jsonl
+from ckptfuse.corpus.draw import DRAW, Corpus, Progress, Source, read_corpus
 from ckptfuse.corpus.files import find_files
 from ckptfuse.digests import digest
 from ckptfuse.new_folder import new_folder
 from ckptfuse.params import CorpusParams
 from ckptfuse.store import FolderStore
+
+#: Names the form of what is kept, so that no release misreads what another has left.
+_FORM = "kept-2"
 
 
 class KeptCorpus:
@@ -59,7 +63,7 @@ class KeptCorpus:
             found = [[f.uri, f.entry.size, f.entry.version] for f in find_files(domain.path)]
             domains[name] = [domain.field, self._params.budget(name).model_dump(), found]
         decides = self._params.model_dump(mode="json", exclude={"domains"})
-        return self._root / digest([DRAW, domains, decides])
+        return self._root / digest([_FORM, DRAW, domains, decides])
 
     def _of_kept(self, folder: Path) -> CorpusParams:
         domains = {

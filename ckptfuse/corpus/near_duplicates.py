@@ -4,6 +4,7 @@ Two documents are near-duplicates when the sets of their shingles, of five words
 overlap by ``THRESHOLD`` or more (Jaccard: common shingles by all of them). MinHash with
 locality-sensitive hashing (Broder 1997; datasketch) finds the pairs to look at, their sets decide:
 so what is found is true, and of pairs that overlap by 0.7 one in 12 is missed, by 0.8 one in 500.
+Of a document that is kept in part, that part is compared.
 """
 
 import re
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptfuse.corpus.draw import Document, Split
+from ckptfuse.corpus.documents import Document
+from ckptfuse.corpus.draw import Split
 
 THRESHOLD = 0.7
 _SHINGLE = 5  # words

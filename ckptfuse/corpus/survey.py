@@ -59,7 +59,7 @@ def _contents(
     found = Counter(t.other.split for t in twins if (t.one.domain, t.one.split) == (domain, split))
     return SplitContents(
         documents=len(mine),
-        bytes=sum(len(document.text.encode()) for document in mine),
+        bytes=sum(document.size for document in mine),
         near_duplicates={other: found[other] for other in SPLITS if found[other]},
     )
 

@@ -1,4 +1,4 @@
-"""The texts of one file, one after another, whatever its size.
+"""The documents of one file, one after another, whatever its size.
 
 A file is read through its store in ranges, never as a whole: of a Parquet file only the column of
 the text, of a compressed one what the decoder asks for next. Memory holds a text, and a row group's
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from ckptfuse.corpus.documents import Document, of_line
 from ckptfuse.corpus.files import CorpusFile
 from ckptfuse.errors import CorpusError
 from ckptfuse.store import Reader
@@ -19,10 +20,10 @@ _BUFFER = 8 * 1024 * 1024
 _ROWS = 64
 
 
-def texts(
+def read_documents(
     file: CorpusFile, field: str, *, read: Callable[[int], None] = lambda size: None
-) -> Iterator[str]:
-    """The texts of a file, empty ones and nulls left out; ``read`` is told of bytes that came.
+) -> Iterator[Document]:
+    """The documents of a file, empty ones and nulls left out; ``read`` is told of bytes that came.
 
     ``field`` names the text in a JSON object, and the column in Parquet. Raises CorpusError naming
     the file, and the line or the column, that cannot be used.
@@ -30,10 +31,10 @@ def texts(
     with file.store.reader(file.entry.path) as reader:
         raw = _Bytes(reader, file.entry.size, read)
         found = _of_parquet if file.form == "parquet" else _of_stream
-        yield from filter(None, found(file, raw, field))
+        yield from (document for document in found(file, raw, field) if document and document.text)
 
 
-def _of_stream(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str | None]:
+def _of_stream(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[Document | None]:
     stream = io.BufferedReader(raw, _BUFFER)
     if file.compression is None:
         yield from _of_bytes(file, stream, field)
@@ -49,17 +50,17 @@ def _of_stream(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str | No
         ) from error
 
 
-def _of_bytes(file: CorpusFile, stream: BinaryIO, field: str) -> Iterator[str | None]:
+def _of_bytes(file: CorpusFile, stream: BinaryIO, field: str) -> Iterator[Document | None]:
     if file.form == "jsonl":
         yield from _of_lines(file.uri, stream, field)
         return
     try:
-        yield stream.read().decode("utf-8-sig")
+        yield Document.of(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise CorpusError(f"{file.uri}: not UTF-8 text: {error}") from error
 
 
-def _of_lines(uri: str, stream: BinaryIO, field: str) -> Iterator[str | None]:
+def _of_lines(uri: str, stream: BinaryIO, field: str) -> Iterator[Document | None]:
     # Only \n ends a line: U+2028 and its like may stand inside a JSON string.
     for number, line in enumerate(stream, start=1):
         try:
@@ -67,24 +68,20 @@ def _of_lines(uri: str, stream: BinaryIO, field: str) -> Iterator[str | None]:
         except UnicodeDecodeError as error:
             raise CorpusError(f"{uri}, line {number}: not UTF-8 text: {error}") from error
         if text.strip():
-            yield _field_of(text, field, f"{uri}, line {number}")
+            yield _of_line(text, field, f"{uri}, line {number}")
 
 
-def _field_of(line: str, field: str, where: str) -> str | None:
+def _of_line(line: str, field: str, where: str) -> Document | None:
     try:
-        text = json.loads(line)[field]
-        if text is None:
-            return None
-        text.encode()  # a lone surrogate is no text
+        return of_line(json.loads(line), field)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorpusError(
             f'{where}: expected a JSON object with a string "{field}": {error!r}; another name of '
             "the text is set by corpus.domains.NAME.field (--field)"
         ) from error
-    return str(text)
 
 
-def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str | None]:
+def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[Document | None]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -94,7 +91,7 @@ def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[str | N
         table = pq.ParquetFile(pa.PythonFile(raw, "r"), buffer_size=_BUFFER, pre_buffer=False)
         _check_column(uri, table.schema_arrow, field)
         for batch in table.iter_batches(batch_size=_ROWS, columns=[field], use_threads=False):
-            yield from batch.column(0).to_pylist()
+            yield from (Document.of(text) for text in batch.column(0).to_pylist() if text)
     except UnicodeDecodeError as error:
         raise CorpusError(f"{uri}, column {field!r}: not UTF-8 text: {error}") from error
     except (pa.ArrowException, OSError) as error:

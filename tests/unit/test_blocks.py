@@ -16,7 +16,7 @@ from ckptfuse.cut import Cut
 from ckptfuse.errors import CorpusError
 from ckptfuse.packing import build
 from ckptfuse.store import FolderStore
-from ckptfuse.tokenizing import Tokenizer, load_tokenizer
+from ckptfuse.tokenizing import Encoded, Tokenizer, load_tokenizer
 
 
 def write_tokenizer(folder: Path, **special: str) -> Path:
@@ -72,7 +72,7 @@ def test_the_bytes_of_all_blocks_are_those_of_the_text(
 
 
 def made_up(offsets: list[tuple[int, int]] | None, count: int = 3) -> Tokenizer:
-    return Tokenizer(lambda text: (list(range(count)), offsets), None, "digest")
+    return Tokenizer(lambda text: Encoded(list(range(count)), offsets, None), None, "digest")
 
 
 def test_a_token_inside_the_one_before_it_counts_no_byte_twice() -> None:

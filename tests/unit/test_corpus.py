@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import random
 import tempfile
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,8 +27,13 @@ from ckptfuse.corpus import (
     read_corpus,
     split_of,
 )
+from ckptfuse.cut import Cut
 from ckptfuse.errors import CorpusError
+from ckptfuse.packing import build
 from ckptfuse.params import Budget, CorpusParams, Domain, DomainBudget, Shares
+from ckptfuse.store import FolderStore
+from ckptfuse.tokenizing import Encoded, Tokenizer, load_tokenizer
+from tests.unit.test_blocks import write_tokenizer
 
 
 def write_texts(path: Path, texts: list[str]) -> Domain:
@@ -125,6 +132,7 @@ def drawn_by_sorting(texts: list[str]) -> set[tuple[str, str]]:
 
 
 MANY = st.lists(st.text("aé\n", min_size=1, max_size=80), min_size=1, max_size=60)
+LONG = st.lists(st.text("aé \n", min_size=1, max_size=300), min_size=1, max_size=20)
 
 
 @given(texts=MANY)
@@ -143,8 +151,8 @@ def test_a_document_never_changes_sides_and_comes_in_by_no_other_ones_arrival(
     assert kept == [item for item in before if item in kept]
 
 
-@given(texts=MANY)
-@settings(max_examples=30, deadline=None)
+@given(texts=MANY | LONG)
+@settings(max_examples=60, deadline=None)
 def test_what_was_drawn_and_is_drawn_again_is_the_same_corpus(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -156,6 +164,7 @@ def test_what_was_drawn_and_is_drawn_again_is_the_same_corpus(texts: list[str]) 
             (folder / f"{domain}.jsonl").write_bytes(jsonl(documents))
         again = read_corpus(params)
     assert (again.domains, again.digest) == (first.domains, first.digest)
+    assert again.sources["a"].bytes == sum(document.size for document in first.domains["a"])
 
 
 def test_only_documents_that_are_drawn_and_budgets_make_another_corpus(tmp_path: Path) -> None:
@@ -225,6 +234,84 @@ def test_memory_holds_what_is_drawn_and_not_the_file(tmp_path: Path, form: str) 
     assert peak < 12_000_000
 
 
+# -- long documents ----------------------------------------------------------------------------
+
+
+def long_texts() -> list[str]:
+    chance = random.Random(0)
+    words = ["the", "quick", "brown", "fox", "déjà", "vu", "🙂", "naïve\n", "合併檢查點", "  x"]
+    return [" ".join(chance.choices(words, k=chance.choice((20, 200, 2_000)))) for _ in range(60)]
+
+
+LITTLE = {"tokens": {"selection": 300, "audit": 500, "report": 200}, "tokens_per_document": 60}
+DIGEST_OF_LONG_TEXTS = "f5bc58a66c27a753d953a44fc2ef765e340b533d9a5ef90aaf3f84956243e8cd"
+
+
+def test_of_a_long_document_a_beginning_is_kept_under_the_name_of_the_whole(
+    tmp_path: Path,
+) -> None:
+    whole = {Document.of(text).digest: text for text in long_texts()}
+    corpus = read_corpus(corpus_of(tmp_path / "a.jsonl", long_texts(), **LITTLE))
+    assert corpus.digest == DIGEST_OF_LONG_TEXTS
+    assert corpus.sources["text"].bytes == sum(len(text.encode()) for text in whole.values())
+    documents = corpus.domains["text"]
+    for document in documents:
+        assert whole[document.digest].startswith(document.text)
+        assert document.size == len(whole[document.digest].encode())
+        assert document.is_whole == (document.text == whole[document.digest])
+        assert document.is_whole or 64 * 60 <= len(document.text) < 64 * 60 + 20
+    assert 5 < sum(not document.is_whole for document in documents) < len(documents) - 5
+
+
+def test_blocks_of_beginnings_are_those_of_whole_documents(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(FolderStore(write_tokenizer(tmp_path / "t", bos_token="<s>")))
+    whole = {Document.of(text).digest: Document.of(text) for text in long_texts()}
+    params = corpus_of(tmp_path / "a.jsonl", long_texts(), **LITTLE)
+    corpus = read_corpus(params)
+    for split in SPLITS:
+        drawn = documents_of(corpus, split, params)["text"]
+        one, other = (
+            build(
+                {"text": documents},
+                tokenizer,
+                digest="d",
+                cut=Cut(32),
+                tokens={"text": getattr(params.budget("text"), split)},
+                tokens_per_document=60,
+            )
+            for documents in (drawn, [whole[document.digest] for document in drawn])
+        )
+        for name in ("tokens", "starts", "lengths", "context", "document", "bytes"):
+            assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_a_long_text_without_white_space_is_kept_whole(tmp_path: Path) -> None:
+    """Where it was cut, its last word would be another one; and it may be all one word."""
+    text = "合併檢查點" * 2_000
+    (document,) = read_corpus(corpus_of(tmp_path / "a.jsonl", [text], **LITTLE)).domains["text"]
+    assert document == Document.of(text)
+
+
+def test_a_beginning_that_makes_too_few_tokens_is_told_and_not_scored_as_if_it_were_all(
+    tmp_path: Path,
+) -> None:
+    text = ("=" * 1_000 + " ") * 100
+    tokenizer = Tokenizer(
+        lambda text: Encoded([0] * text.count(" "), [(0, 1)] * text.count(" "), None), 1, "digest"
+    )
+    params = corpus_of(tmp_path / "a.jsonl", [text], **LITTLE)
+    (document,) = read_corpus(params).domains["text"]
+    with pytest.raises(CorpusError, match=rf"{document.digest}, of 100,100 bytes, makes only 3 "):
+        build({"text": [document]}, tokenizer, digest="d", cut=Cut(8), tokens_per_document=60)
+
+
+def test_a_file_of_beginnings_is_scored_by_hand_as_what_it_holds(tmp_path: Path) -> None:
+    drawn = read_corpus(corpus_of(tmp_path / "a.jsonl", long_texts(), **LITTLE)).domains["text"]
+    (tmp_path / "b.jsonl").write_bytes(jsonl(drawn))
+    by_hand = read_corpus(CorpusParams.of({"text": str(tmp_path / "b.jsonl")}), whole=True)
+    assert set(by_hand.domains["text"]) == {Document.of(document.text) for document in drawn}
+
+
 # -- kept on disk ------------------------------------------------------------------------------
 
 
@@ -241,6 +328,14 @@ def test_a_corpus_is_read_once_for_each_version_of_its_files(tmp_path: Path) -> 
     os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns + 1))
     with pytest.raises(CorpusError, match="no documents"):
         _ = KeptCorpus(params, tmp_path / "kept").digest
+
+
+def test_a_corpus_with_long_documents_is_kept_as_their_beginnings(tmp_path: Path) -> None:
+    params = corpus_of(tmp_path / "a.jsonl", ["word " * 200_000, "short"], **LITTLE)
+    first = KeptCorpus(params, tmp_path / "kept").corpus
+    (kept,) = (tmp_path / "kept").glob("*/text.jsonl")
+    assert kept.stat().st_size < 5_000
+    assert KeptCorpus(params, tmp_path / "kept").corpus == first
 
 
 def test_two_that_read_a_corpus_at_once_keep_one(tmp_path: Path) -> None:
