@@ -18,6 +18,8 @@ from ckptfuse.store import Reader
 _BUFFER = 8 * 1024 * 1024
 #: Rows of Parquet that are decoded at once.
 _ROWS = 64
+#: Characters.
+_QUOTED = 300
 
 
 def read_documents(
@@ -46,7 +48,8 @@ def _of_stream(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[Document
         yield from _of_bytes(file, io.BufferedReader(decoded, _BUFFER), field)
     except OSError as error:
         raise CorpusError(
-            f"{file.uri}: cannot be decompressed ({error}); is it whole, and as it is named?"
+            f"{file.uri}: cannot be decompressed ({_quoted(error)}); is it whole, and as it is "
+            "named?"
         ) from error
 
 
@@ -74,10 +77,16 @@ def _of_lines(uri: str, stream: BinaryIO, field: str) -> Iterator[Document | Non
 def _of_line(line: str, field: str, where: str) -> Document | None:
     try:
         return of_line(json.loads(line), field)
+    except UnicodeEncodeError as error:
+        raise CorpusError(
+            f"{where}: character {error.start + 1:,} of the text is half of a pair of surrogates "
+            f"(U+{ord(error.object[error.start]):04X}), which is no character and has no UTF-8; "
+            "correct the text or take it out"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorpusError(
-            f'{where}: expected a JSON object with a string "{field}": {error!r}; another name of '
-            "the text is set by corpus.domains.NAME.field (--field)"
+            f'{where}: expected a JSON object with a string "{field}": {_quoted(repr(error))}; '
+            "another name of the text is set by corpus.domains.NAME.field (--field)"
         ) from error
 
 
@@ -96,7 +105,7 @@ def _of_parquet(file: CorpusFile, raw: "_Bytes", field: str) -> Iterator[Documen
         raise CorpusError(f"{uri}, column {field!r}: not UTF-8 text: {error}") from error
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(
-            f"{uri}, column {field!r}: cannot be read as Parquet: {error}; is it whole?"
+            f"{uri}, column {field!r}: cannot be read as Parquet: {_quoted(error)}; is it whole?"
         ) from error
 
 
@@ -106,13 +115,21 @@ def _check_column(uri: str, schema: Any, field: str) -> None:
     if field not in schema.names:
         raise CorpusError(
             f"{uri}: no column {field!r}; set corpus.domains.NAME.field (--field) to the one that "
-            f"holds the text: {', '.join(schema.names)}"
+            f"holds the text: {_quoted(', '.join(schema.names))}"
         )
     kind = schema.field(field).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     are_strings = (types.is_string, types.is_large_string, types.is_string_view)
     if not any(are(value) for are in are_strings):
-        raise CorpusError(f"{uri}, column {field!r}: strings are expected, it holds {kind}")
+        raise CorpusError(
+            f"{uri}, column {field!r}: strings are expected, it holds {_quoted(kind)}"
+        )
+
+
+def _quoted(what: object) -> str:
+    """For a message: columns can be thousands, and others' errors can hold what they read."""
+    text = str(what)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]} ..."
 
 
 class _Bytes(io.RawIOBase):

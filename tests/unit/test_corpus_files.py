@@ -133,6 +133,17 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path: Path, line: str) -> None:
         read(path)
 
 
+def test_a_lone_surrogate_is_told_by_its_place_and_not_with_the_text(tmp_path: Path) -> None:
+    """The text may be long, and nobody's business in a log."""
+    secret = "a secret page " * 5_000
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{{"text": "{secret}\\ud83d end"}}\n')
+    expected = r"a\.jsonl, line 2: character 70,001 of the text .*\(U\+D83D\)"
+    with pytest.raises(CorpusError, match=expected) as told:
+        read(tmp_path / "a.jsonl")
+    assert "secret" not in str(told.value)
+    assert len(str(told.value)) < 400
+
+
 def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path: Path) -> None:
     text = "one\u2028two\x85three"
     (tmp_path / "a.jsonl").write_bytes(lines([text]))
@@ -180,6 +191,15 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> 
         read(tmp_path / "a.parquet", field="content")
     with pytest.raises(CorpusError, match=r"a\.parquet, column 'id': strings .* holds int64"):
         read(tmp_path / "a.parquet", field="id")
+
+
+def test_of_thousands_of_columns_some_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({f"column {n}": ["x"] for n in range(3_000)}), tmp_path / "a.parquet")
+    with pytest.raises(
+        CorpusError, match=r"no column 'text'.*: column 0, column 1, .* \.\.\.$"
+    ) as e:
+        read(tmp_path / "a.parquet")
+    assert len(str(e.value)) < 600
 
 
 def test_a_parquet_file_that_is_none_or_holds_no_utf_8_is_named(tmp_path: Path) -> None:
