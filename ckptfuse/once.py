@@ -11,7 +11,7 @@ from ckptfuse import jobs, packing
 from ckptfuse.blocks import block_digest
 from ckptfuse.checkpoints import longest_context, open_checkpoint
 from ckptfuse.conversion import model_config
-from ckptfuse.corpus import Corpus, Split, documents_of, read_corpus
+from ckptfuse.corpus import Corpus, Split, documents_to_score, read_corpus
 from ckptfuse.cut import Cut
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.imports import load_function
@@ -78,7 +78,7 @@ def score_once(
     cut = Cut(length, layout=layout, stride=stride, bos=bos)
     corpus_params = CorpusParams.of(corpora, field=field)
     corpus = read_corpus(corpus_params, whole=True)
-    documents = documents_of(corpus, split, corpus_params) if split else corpus.domains
+    documents = documents_to_score(corpus, split, corpus_params) if split else corpus.domains
     jobs.prepare()  # while the text is tokenised
     source = load_tokenizer(
         open_store(tokenizer or model or checkpoint), trust_remote_code=trust_remote_code

@@ -41,8 +41,8 @@ def build(
         spans = cut.spans(stream.owners)
         if not spans:
             raise CorpusError(
-                f"domain {name!r} has {len(texts)} documents in this split and nothing to predict; "
-                "give it more text or a larger share"
+                f"domain {name!r} has {len(texts)} documents to score, and in them no token to "
+                "predict; give it more text"
             )
         parts.append(_blocks(stream, spans, code))
     offsets = np.cumsum([0] + [len(part["tokens"]) for part in parts[:-1]])

@@ -11,7 +11,7 @@ from pathlib import Path
 from ckptfuse import blocks as blocks_module
 from ckptfuse import conversion, packing
 from ckptfuse.blocks import block_digest
-from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Progress, Split, documents_of
+from ckptfuse.corpus import SPLITS, Corpus, KeptCorpus, Progress, Split, documents_to_score
 from ckptfuse.errors import CorpusError
 from ckptfuse.jobs import ModelScores, Runner
 from ckptfuse.losses import Estimate, Losses, combine
@@ -131,7 +131,7 @@ class Scorer:
         name = self.block_digest(tokenizer.digest, split)
         folder = self.folder / "blocks" / name
         if not (folder / "blocks.json").is_file():
-            domains = documents_of(self.corpus(), split, self.params.corpus)
+            domains = documents_to_score(self.corpus(), split, self.params.corpus)
             built = packing.build(
                 domains,
                 load_tokenizer(

@@ -16,6 +16,7 @@ from ckptfuse.corpus.draw import (
     Source,
     Split,
     documents_of,
+    documents_to_score,
     read_corpus,
     split_of,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Source",
     "Split",
     "documents_of",
+    "documents_to_score",
     "jsonl",
     "read_corpus",
     "split_of",

@@ -218,3 +218,20 @@ def documents_of(
         )
         for name, documents in corpus.domains.items()
     }
+
+
+def documents_to_score(
+    corpus: Corpus, split: Split, params: CorpusParams
+) -> dict[str, tuple[Document, ...]]:
+    """The same where each domain has some; raises CorpusError naming one that has none."""
+    domains = documents_of(corpus, split, params)
+    for name, documents in domains.items():
+        if not documents:
+            source = corpus.sources[name]
+            raise CorpusError(
+                f"{source.uri}: domain {name!r} has no document in {split}. It has "
+                f"{source.distinct} in all, and each is in one split only, by the hash of its "
+                "text. A .txt or .md file is one document, a line of JSON lines is one: give the "
+                "text as more documents, some dozens at least"
+            )
+    return domains

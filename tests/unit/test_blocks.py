@@ -132,7 +132,7 @@ def test_documents_of_two_domains_are_never_one_cluster(tokenizer: Tokenizer) ->
 
 
 def test_a_domain_with_nothing_to_predict_is_named(tokenizer: Tokenizer) -> None:
-    with pytest.raises(CorpusError, match="domain 'text' has 0 documents"):
+    with pytest.raises(CorpusError, match="domain 'text' has 0 documents to score"):
         blocks_of(tokenizer, [], 8)
 
 

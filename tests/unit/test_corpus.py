@@ -23,6 +23,7 @@ from ckptfuse.corpus import (
     Document,
     KeptCorpus,
     documents_of,
+    documents_to_score,
     jsonl,
     read_corpus,
     split_of,
@@ -98,6 +99,21 @@ def test_a_corpus_without_domains_or_text_is_told(tmp_path: Path) -> None:
         read_corpus(CorpusParams())
     with pytest.raises(CorpusError, match=r"a\.jsonl: domain 'text' has no documents of its own"):
         read_corpus(corpus_of(tmp_path / "a.jsonl", ["", ""]))
+
+
+def test_a_domain_with_no_document_in_a_split_is_told_how_many_it_has_in_all(
+    tmp_path: Path,
+) -> None:
+    """A book as one text file: on one side it is whole, on the others there is nothing."""
+    (tmp_path / "book.txt").write_text("word " * 1_000)
+    params = CorpusParams.of({"prose": str(tmp_path / "book.txt")})
+    corpus = read_corpus(params)
+    (own,) = (split for split in SPLITS if documents_of(corpus, split, params)["prose"])
+    assert documents_to_score(corpus, own, params) == documents_of(corpus, own, params)
+    for split in set(SPLITS) - {own}:
+        expected = rf"book\.txt: domain 'prose' has no document in {split}\. It has 1 in all"
+        with pytest.raises(CorpusError, match=expected):
+            documents_to_score(corpus, split, params)
 
 
 # -- the draw ----------------------------------------------------------------------------------
