@@ -1,7 +1,8 @@
 """How a stream of documents' tokens is cut into the blocks that a model scores.
 
 ``packed``: documents follow one another, each preceded by the tokenizer's begin-of-sequence token
-(or its end-of-sequence token when it has no other), and the stream of a domain is cut::
+(or its end-of-sequence token when it has no other; none, with a warning, when it has neither), and
+the stream of a domain is cut::
 
     stream    B d d d d B d d B d d d d d d
     block 0   |---------|

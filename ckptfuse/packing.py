@@ -1,7 +1,9 @@
 """The documents of one split as token blocks: tokenised once and cut into contexts (cut.py)."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,8 @@ def build(
     """Tokenise and cut each domain's documents, up to its ``tokens`` if there are such.
 
     Raises CorpusError naming a domain that yields nothing to predict, and for the rolling layout
-    with a tokenizer that has no begin-of-sequence token.
+    with a tokenizer that has no begin-of-sequence token. The packed layout goes without, with a
+    warning.
     """
     separator = tokenizer.separator if cut.bos == "document" else None
     if cut.layout == "rolling" and separator is None:
@@ -34,6 +37,8 @@ def build(
             "scoring.layout 'rolling' needs a begin- or end-of-sequence token, and the tokenizer "
             "has neither; use layout 'packed'"
         )
+    if cut.bos == "document" and separator is None:
+        _warn_once(tokenizer.digest)
     parts = []
     for code, (name, texts) in enumerate(documents.items()):
         budget = tokens[name] if tokens is not None else None
@@ -52,6 +57,17 @@ def build(
         part["document"] += before
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Blocks(digest, tuple(documents), **arrays)
+
+
+@cache
+def _warn_once(tokenizer: str) -> None:
+    """Nothing is refused: scores of such tokenizers go on meaning what they have meant."""
+    logging.getLogger("ckptfuse").warning(
+        "the tokenizer (digest %s) has neither a begin- nor an end-of-sequence token: documents "
+        "follow one another without, as with scoring.bos: none; where the model was trained with "
+        "one, set corpus.tokenizer to a folder whose tokenizer_config.json names it",
+        tokenizer[:12],
+    )
 
 
 @dataclass(frozen=True, slots=True)

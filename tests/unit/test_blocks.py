@@ -100,6 +100,22 @@ def test_a_separator_stands_before_each_document_unless_it_is_unwanted(
     assert [token for token in with_separator if token != tokenizer.separator] == without
 
 
+def test_a_tokenizer_without_a_token_to_put_before_documents_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without = load_tokenizer(FolderStore(write_tokenizer(tmp_path)))
+    texts = ["the quick", "brown fox"]
+    as_none = blocks_of(without, texts, 100, bos="none").tokens.tolist()
+    assert not caplog.messages
+    for _ in range(2):
+        assert blocks_of(without, texts, 100).tokens.tolist() == as_none
+    (message,) = caplog.messages
+    assert without.digest[:12] in message
+    assert "scoring.bos: none" in message
+    with pytest.raises(CorpusError, match="needs a begin- or end-of-sequence token"):
+        blocks_of(without, texts, 100, layout="rolling")
+
+
 def test_budgets_cut_the_domain_and_each_document(tokenizer: Tokenizer) -> None:
     texts = ["the quick brown fox " * 20] * 5
     assert len(blocks_of(tokenizer, texts, 16, tokens={"text": 70}).tokens) == 70
