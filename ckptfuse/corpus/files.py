@@ -3,15 +3,17 @@
 The form of a file follows from its name: ``.jsonl`` (``.ndjson``, ``.json``: a JSON object a line),
 ``.txt`` and ``.md`` (a document a file), each also with ``.gz``, ``.zst`` or ``.bz2`` behind, and
 ``.parquet``. In a folder, names that begin with ``.`` or ``_`` (``_SUCCESS``) and files of other
-forms are passed over.
+forms are passed over. Unlike a bucket's, its links to folders are followed: a corpus is often put
+together of them.
 """
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ckptfuse.errors import CorpusError, MissingFile
-from ckptfuse.store import Entry, Store, is_s3, open_store, split_uri
+from ckptfuse.store import Entry, FolderStore, Store, is_s3, open_store, split_uri
 
 Form = Literal["jsonl", "text", "parquet"]
 _FORMS: dict[str, Form] = {
@@ -48,7 +50,7 @@ def find_files(uri: str) -> list[CorpusFile]:
     if not _is_folder(uri):
         return [_single(uri)]
     store = open_store(uri)
-    entries = [entry for entry in store.list() if not _is_hidden(entry.path)]
+    entries = [entry for entry in _all(store) if not _is_hidden(entry.path)]
     files = [file for entry in entries if (file := _as_file(store, entry))]
     if not entries:
         raise CorpusError(
@@ -57,6 +59,32 @@ def find_files(uri: str) -> list[CorpusFile]:
     if not files:
         raise CorpusError(f"{uri}: of {len(entries)} files in this folder none is {_ACCEPTED}")
     return files
+
+
+def _all(store: Store) -> list[Entry]:
+    entries = list(store.list())
+    for link in _links(store.root) if isinstance(store, FolderStore) else ():
+        entries += [replace(e, path=f"{link}/{e.path}") for e in store.child(link).list()]
+    return sorted(entries, key=lambda entry: entry.path)
+
+
+def _links(root: Path) -> list[str]:
+    """The links to folders under ``root`` and under what they lead to, as paths below ``root``.
+
+    Without those to where another path leads already: so loops end, and no text is read twice.
+    """
+    links, seen, pending = [], set[str](), [root]
+    while pending:
+        top = pending.pop(0)
+        if os.path.realpath(top) in seen:
+            continue
+        if top != root:
+            links.append(top.relative_to(root).as_posix())
+        for parent, names, _ in os.walk(top):
+            seen.add(os.path.realpath(parent))
+            names[:] = sorted(name for name in names if not _is_hidden(name))  # walked in turn
+            pending += [path for name in names if (path := Path(parent, name)).is_symlink()]
+    return links
 
 
 def _is_folder(uri: str) -> bool:

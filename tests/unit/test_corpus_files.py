@@ -107,6 +107,32 @@ def test_a_folder_is_all_that_is_in_it_whatever_its_form(tmp_path: Path) -> None
     assert read(tmp_path) == ["of a\nfile", "of a column", "of another", "of lines"]
 
 
+def test_links_to_folders_are_followed_and_those_that_lead_back_end(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus / "own", corpus / ".git", elsewhere / "deep", tmp_path / "further"):
+        folder.mkdir(parents=True)
+    (corpus / "own" / "a.txt").write_text("own")
+    (elsewhere / "deep" / "b.txt").write_text("behind a link")
+    (tmp_path / "further" / "c.txt").write_text("behind two links")
+    for link, target in {
+        corpus / "linked": elsewhere,
+        corpus / "own" / "linked too": elsewhere,
+        corpus / "alias": corpus / "own",
+        corpus / "_hidden": tmp_path / "further",
+        corpus / ".git" / "hidden": elsewhere,
+        corpus / "own" / "itself": corpus,
+        elsewhere / "more": tmp_path / "further",
+        elsewhere / "deep" / "back": elsewhere,
+        elsewhere / "nowhere": tmp_path / "absent",
+    }.items():
+        link.symlink_to(target)
+    found = [file.entry.path for file in find_files(str(corpus))]
+    assert found == ["linked/deep/b.txt", "linked/more/c.txt", "own/a.txt"]
+    assert read(corpus) == ["behind a link", "behind two links", "own"]
+    (tmp_path / "link to all").symlink_to(corpus)
+    assert read(tmp_path / "link to all") == read(corpus)
+
+
 def test_s3_gives_what_a_folder_gives(moto_s3: S3Server, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines(TEXTS[:300])))
     write_parquet(tmp_path / "part.parquet", TEXTS[300:])  # type: ignore[arg-type]
