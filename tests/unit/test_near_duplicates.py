@@ -4,9 +4,11 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from ckptfuse.corpus import SPLITS, Document, Split, read_corpus
+from ckptfuse.corpus import SPLITS, Document, Split, near_duplicates, read_corpus
 from ckptfuse.corpus.near_duplicates import THRESHOLD, Placed, Twins, twins_across_splits
 from ckptfuse.corpus.survey import near_duplicates_of, survey
 from ckptfuse.inspection import inspect_corpus
@@ -102,6 +104,34 @@ def test_what_is_found_is_what_comparing_every_pair_finds() -> None:
 def exact(twins: Twins, sets: list[set[tuple[str, ...]]], items: list[Placed]) -> float:
     one, other = sets[items.index(twins.one)], sets[items.index(twins.other)]
     return len(one & other) / len(one | other)
+
+
+def forms(count: int) -> list[Placed]:
+    """Filled-in forms, alike by less than the threshold; each tenth is of a pair that is closer."""
+    template, items = words(60, 9), []
+    for number in range(count):
+        own = words(18, 1_000 + (number - 1 if number % 10 == 1 else number))
+        text = [*template, *own[:17], f"form {number}"]
+        items.append(placed(SPLITS[number % 3], " ".join(text)))
+    return items
+
+
+def test_forms_of_one_template_take_no_more_work_a_document_however_many_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+    jaccard = near_duplicates._jaccard
+
+    def counting(*sets: NDArray[np.uint64]) -> float:
+        compared.append(1)
+        return jaccard(*sets)
+
+    monkeypatch.setattr(near_duplicates, "_jaccard", counting)
+    items = forms(1_000)
+    pairs = [pair for n in range(0, 1_000, 10) for pair in ((n, n + 1), (n + 1, n))]
+    twins = [(t.one, t.other) for t in twins_across_splits(items)]
+    assert [(items[one], items[other]) for one, other in pairs] == twins
+    assert len(compared) < 100 * len(items)
 
 
 # -- survey ------------------------------------------------------------------------------------
