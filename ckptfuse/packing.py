@@ -108,16 +108,13 @@ def _least(*limits: int | None) -> int | None:
 def _encode(
     document: Document, tokenizer: Tokenizer, separator: int | None, wanted: int | None
 ) -> tuple[list[int], NDArray[np.int64]]:
-    """The first ``wanted`` tokens of a document, the separator included, and the bytes of each."""
+    """The first ``wanted`` tokens of a document, the separator included, and the bytes of each.
+
+    Fewer of one that is kept in part and is no text of words (a hundred thousand blanks, say).
+    """
     before = [] if separator is None else [separator]
     most = None if wanted is None else wanted - len(before)
     ids, byte_counts = encode(document.text, tokenizer, most)
-    if not document.is_whole and (most is None or len(ids) < most):
-        raise CorpusError(
-            f"the document with SHA-256 {document.digest}, of {document.size:,} bytes, makes only "
-            f"{len(ids):,} tokens of its first {len(document.text):,} characters, which are all "
-            "that is kept of it; it is no text of words: take it out of the corpus's files"
-        )
     return [*before, *ids], np.concatenate([np.zeros(len(before), np.int64), byte_counts])
 
 
