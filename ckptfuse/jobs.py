@@ -15,10 +15,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -38,12 +40,13 @@ _SAID: TypeAdapter[Event | Ended] = TypeAdapter(Event | Ended)
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What a job said of one model of its request."""
+    """What a job said of one model of its request; ``seconds`` it took, failing included."""
 
     fingerprint: str | None = None
     architecture: str | None = None
     scored: Scored | None = None
     failed: Failed | None = None
+    seconds: float = 0.0
 
     @property
     def is_complete(self) -> bool:
@@ -132,14 +135,15 @@ def run_job(
             def tell(event: Event, index: int = index) -> None:
                 progress(event.model_copy(update={"model": index}))
 
-            (answer,), death = _run_once(alone, tell, environment)
+            (again,), death = _run_once(alone, tell, environment)
+            answer = replace(again, seconds=answer.seconds + again.seconds)
             has_answers = has_answers or answer.is_complete
         elif len(answers) > 1:
             death = death if death.startswith(_NOT_TRIED) else f"{_NOT_TRIED}{death}"
         if not answer.is_complete:
             failed = Failed(model=index, error="other", reason=death)
             progress(failed)
-            answer = ModelScores(failed=failed)
+            answer = ModelScores(failed=failed, seconds=answer.seconds)
         answers[index] = answer
     return answers
 
@@ -168,6 +172,7 @@ def _run_once(
         )
         events: list[Event] = []
         status = None
+        laps = [time.monotonic()]  # its start, the answer of each model, and its end
         with _fork_server() as server:
             for said in server.run(job):
                 if isinstance(said, Ended):
@@ -175,7 +180,14 @@ def _run_once(
                 else:
                     progress(said)
                     events.append(said)
-        answers = [_answer(index, events) for index in range(len(request.models))]
+                if isinstance(said, Scored | Failed | Ended):
+                    laps.append(time.monotonic())
+        # Models are answered in order, so a job that died was at the first without an answer.
+        took = [after - before for before, after in pairwise(laps)]
+        answers = [
+            replace(_answer(index, events), seconds=took[index] if index < len(took) else 0.0)
+            for index in range(len(request.models))
+        ]
         tail = errors.read_text(errors="replace")[-2000:].strip()
     killed = " (out of memory?)" if status == -signal.SIGKILL else ""
     return answers, f"the scoring job ended with status {status}{killed}: {tail}".removesuffix(": ")

@@ -15,7 +15,7 @@ DAY = 24 * 3600.0
 class _Job:
     ended: float  # seconds since the epoch
     hours: float  # of all its GPUs together; of the CPU where there is none
-    models: int
+    models: int  # scored in it; those that failed took hours, and tell of no other's
 
 
 class Meter:
@@ -41,15 +41,17 @@ class Meter:
     def affordable(self, hours_per_day: float, now: float) -> int:
         """How many more models a daily budget allows, judged by what the last jobs took.
 
-        Before anything was measured: one, to measure.
+        Before anything was measured: one, to measure. A model that takes more than a day's budget
+        is due when as many days have passed as it takes budgets, so that these are met on average.
         """
         recent = self._jobs()[-20:]
-        left = hours_per_day - self.spent(now)
-        models = sum(job.models for job in recent)
         hours = sum(job.hours for job in recent)
-        if left <= 0:
-            return 0
-        return 1 if not models or not hours else int(left * models / hours)
+        if not hours:
+            return 1
+        each = hours / max(sum(job.models for job in recent), 1)
+        if each > hours_per_day:
+            return int(now - recent[-1].ended >= DAY * each / hours_per_day)
+        return max(int((hours_per_day - self.spent(now)) / each), 0)
 
     def _jobs(self) -> list[_Job]:
         if not self._file.is_file():

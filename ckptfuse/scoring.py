@@ -173,8 +173,9 @@ class Scorer:
         )
         gpus = self.params.scoring.gpus_per_job
         answers = self.runner.run(request, gpus, progress=progress)
-        seconds = sum(answer.scored.seconds for answer in answers if answer.scored)
-        self.meter.add(hours=seconds * gpus / 3600, models=len(models))
+        scored = [answer.scored for answer in answers if answer.scored and answer.scored.tokens]
+        seconds = sum(answer.seconds for answer in answers)
+        self.meter.add(hours=seconds * gpus / 3600, models=len(scored))
         return answers
 
     def affordable(self) -> int | None:

@@ -209,6 +209,10 @@ def test_failures_do_not_stop_the_models_after_them(ran: Ran) -> None:
     assert len(ran.records.all(ScoreRecord)) == 3
 
 
+def test_models_that_fail_take_time_as_others_do(ran: Ran) -> None:
+    assert all(answer.seconds > 0 for answer in ran.answers)
+
+
 def test_progress_is_told_for_each_model(ran: Ran) -> None:
     told = [(e.model, e.done, e.total) for e in ran.events if isinstance(e, Progress)]
     assert {(7, 7, 7), (8, 7, 7), (9, 7, 7)} <= set(told)
@@ -252,6 +256,7 @@ def test_a_job_that_is_killed_at_one_model_costs_no_other_its_answer(
     assert [answer.scored is not None for answer in answers] == [True, False, True]
     assert answers[1].failed is not None
     assert answers[1].failed.reason.startswith("the scoring job ended with status -9 (out of mem")
+    assert all(answer.seconds > 0 for answer in answers), "a job that died took its time too"
     ends = [(event.model, event.event) for event in told if event.event in ("scored", "failed")]
     assert sorted(ends) == [(0, "scored"), (1, "failed"), (2, "scored")]
 

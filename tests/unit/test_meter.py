@@ -32,6 +32,18 @@ def test_the_first_model_is_scored_to_measure_it(tmp_path: Path) -> None:
     assert Meter(tmp_path / "none").affordable(0.1, 0.0) == 1
 
 
+def test_a_model_dearer_than_the_budget_waits_until_that_is_met_on_average(tmp_path: Path) -> None:
+    meter = written(tmp_path / "m", (DAY, 5.0, 2))
+    assert [meter.affordable(1.0, days * DAY) for days in (1, 2, 3.4)] == [0, 0, 0]
+    assert meter.affordable(1.0, 3.5 * DAY) == 1
+
+
+def test_models_that_failed_cost_their_hours_and_are_no_measure_of_others(tmp_path: Path) -> None:
+    meter = written(tmp_path / "m", (100.0, 0.5, 1), (200.0, 0.5, 0))
+    assert meter.affordable(3.0, 300.0) == 2
+    assert written(tmp_path / "n", (100.0, 2.0, 0)).affordable(1.0, 300.0) == 0
+
+
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     meter = written(tmp_path / "m", (1.0, 1.0, 1))
     with (tmp_path / "m").open("a") as lines:

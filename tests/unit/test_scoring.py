@@ -1,6 +1,7 @@
 """The parent's side of scoring: what is remembered, what is asked for, what travels as a file."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,11 +11,20 @@ import pytest
 from ckptfuse.blocks import load
 from ckptfuse.corpus import SPLITS
 from ckptfuse.errors import CorpusError, RecordError
+from ckptfuse.jobs import ModelScores
 from ckptfuse.params import ScoringParams
-from ckptfuse.protocol import BlockSet, Numerics, score_key
+from ckptfuse.protocol import (
+    BlockSet,
+    CheckpointModel,
+    Failed,
+    Input,
+    Numerics,
+    Scored,
+    score_key,
+)
 from ckptfuse.records import ScoreRecord
 from ckptfuse.score_files import export_scores, import_scores
-from ckptfuse.scoring import TokenizerSource, numerics
+from ckptfuse.scoring import Scorer, TokenizerSource, numerics
 from ckptfuse.service import Service
 from tests.helpers import make_service, record_losses
 from tests.unit.test_blocks import write_tokenizer
@@ -152,6 +162,37 @@ def test_a_checkpoint_without_a_tokenizer_says_what_to_set(
     (tmp_path / "bare").mkdir()
     with pytest.raises(CorpusError, match=r"corpus\.tokenizer"):
         service.scorer.tokenizer(str(tmp_path / "bare"))
+
+
+# -- what scoring costs ------------------------------------------------------------------------
+
+
+class Answers:
+    """A runner with these answers, whatever it is asked."""
+
+    def __init__(self, *answers: ModelScores) -> None:
+        self._answers = list(answers)
+
+    def prepare(self) -> None:
+        pass
+
+    def run(self, *_: object, **__: object) -> list[ModelScores]:
+        return self._answers
+
+
+def scored_by(service: Service, tokenizer: TokenizerSource, *answers: ModelScores) -> Scorer:
+    service.scorer.runner = Answers(*answers)
+    models = [CheckpointModel(input=Input(uri="/x"))] * len(answers)
+    assert service.scorer.score(models, tokenizer) == list(answers)
+    return service.scorer
+
+
+def test_models_that_fail_use_up_the_budget(service: Service, tokenizer: TokenizerSource) -> None:
+    good = ModelScores(scored=Scored(model=0, model_id="x", seconds=1.0, tokens=1), seconds=1800.0)
+    failed = ModelScores(failed=Failed(model=1, error="other", reason="no memory"), seconds=1800.0)
+    scorer = scored_by(service, tokenizer, good, failed)
+    assert scorer.meter.total() == 1.0
+    assert scorer.meter.affordable(3.0, time.time() + 1) == 2, "what failed is time and no model"
 
 
 # -- scores as files ---------------------------------------------------------------------------
