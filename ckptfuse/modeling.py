@@ -41,7 +41,7 @@ def build_model(
     with offered(files) as folder:
         hf_config, outline = _outline(folder, where, trusted=code is not None)
     _check_shapes(outline, state_dict, where)
-    attention = numerics.attention if getattr(outline, "_supports_sdpa", False) else "eager"
+    attention = _attention(outline, numerics, where)
     try:
         model, info = type(outline).from_pretrained(
             None,
@@ -70,6 +70,23 @@ def build_model(
         except torch.OutOfMemoryError as error:
             raise CkptfuseError(f"{where}: it does not fit; {_MORE_GPUS}: {error}") from error
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _attention(outline: Any, numerics: Numerics, where: str) -> str:
+    """The attention to score with: what was asked for, or the model's own where that is all it has.
+
+    Not so for a soft cap, which torch's attention leaves out without a word: scores that were made
+    in that way are known as ``sdpa``, and those with the cap must not be taken for the same.
+    """
+    if not getattr(outline, "_supports_sdpa", False):
+        return "eager"
+    cap = getattr(outline.config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and numerics.attention != "eager":
+        raise CkptfuseError(
+            f"{where}: its attention has a soft cap (attn_logit_softcapping: {cap:g}), which "
+            f"{numerics.attention} leaves out; set scoring.attention: eager (--attention eager)"
+        )
+    return numerics.attention
 
 
 def _check_shapes(

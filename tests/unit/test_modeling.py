@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
@@ -42,7 +43,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 def nll_of(
     config: dict[str, Any], state_dict: dict[str, torch.Tensor], **options: Any
 ) -> list[float]:
-    model = build_model(config, state_dict, numerics=FLOAT32, where="here", **options)
+    model = build_model(config, state_dict, where="here", **{"numerics": FLOAT32, **options})
     return score_blocks(model, BLOCKS, vocabulary=96).nll.tolist()
 
 
@@ -97,6 +98,24 @@ def test_what_attention_a_configuration_asks_for_is_no_matter(llamas: list[Path]
     model = AutoModelForCausalLM.from_pretrained(llamas[0])
     asked = model.config.to_dict() | {"_attn_implementation": "flash_attention_2"}
     assert nll_of(asked, model.state_dict()) == pytest.approx(by_transformers(model), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "vaultgemma"])
+def test_a_soft_cap_on_attention_counts_and_is_not_scored_without(kind: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=2, num_key_value_heads=1, attn_logit_softcapping=0.1,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    values = config.to_dict(), model.state_dict()
+    found = nll_of(*values, numerics=FLOAT32.model_copy(update={"attention": "eager"}))
+    assert found == pytest.approx(by_transformers(model), rel=1e-5)
+    model.set_attn_implementation("sdpa")
+    assert found != pytest.approx(by_transformers(model), rel=1e-3)
+    with pytest.raises(CkptfuseError, match=r"soft cap .*: 0\.1\).*scoring\.attention: eager"):
+        nll_of(*values)
 
 
 def test_a_model_that_reads_what_it_is_to_predict_is_not_scored() -> None:
