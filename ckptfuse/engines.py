@@ -7,6 +7,7 @@ Everything else stays ours: what the model's bytes are, its merge, and the recor
 ``examples/own_engine.py`` is one.
 """
 
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,20 +76,32 @@ def by_command(
 ) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
     """Let a command score the model of the request.
 
-    Raises CkptfuseError with the reason that the command gives, JobError when it dies or leaves
-    out blocks.
+    Raises CkptfuseError with the reason that the command gives, JobError when it dies, leaves out
+    blocks or answers with what cannot be losses.
     """
     answers = _run(command, request)
     for item in request.blocks:
         blocks = blocks_module.load(item.folder)
-        nll = answers.get(item.digest)
-        if nll is None or nll.shape != (len(blocks),):
-            told = "none" if nll is None else f"{len(nll)}"
-            raise JobError(
-                f"scoring.command {command[0]!r} answered with {told} losses for {len(blocks)} "
-                f"blocks of the {item.split} split; one number a block is expected"
-            )
+        nll = answers.get(item.digest, np.empty(0))
+        if wrong := _wrong_with(nll, len(blocks)):
+            raise JobError(f"{_named(command)} answered {wrong} of the {item.split} split")
         yield item, blocks, BlockLosses(nll, request.batch_tokens or 0)
+
+
+def _wrong_with(nll: np.ndarray, blocks: int) -> str | None:
+    """Why an answer cannot be the losses of so many blocks."""
+    if len(nll) != blocks:
+        return f"with {len(nll)} losses, where one is expected for each of the {blocks} blocks"
+    # Of weights that are known to be finite: the engine is to blame, and may do better next time.
+    impossible = ~np.isfinite(nll) | (nll < 0)
+    if impossible.any():
+        block = int(np.argmax(impossible))
+        return f"with {nll[block]} nats, which is no negative log-likelihood, for block {block}"
+    return None
+
+
+def _named(command: Sequence[str]) -> str:
+    return f"scoring.command ({shlex.join(command)})"
 
 
 def _run(command: Sequence[str], request: EngineRequest) -> Mapping[str, np.ndarray]:
@@ -104,7 +117,7 @@ def _run(command: Sequence[str], request: EngineRequest) -> Mapping[str, np.ndar
                 preexec_fn=end_with_parent,
             )
         except OSError as error:
-            raise JobError(f"scoring.command {command[0]!r} cannot be run: {error}") from error
+            raise JobError(f"{_named(command)} cannot be run: {error}") from error
     losses = {}
     for line in done.stdout.splitlines():
         try:
@@ -115,5 +128,5 @@ def _run(command: Sequence[str], request: EngineRequest) -> Mapping[str, np.ndar
             raise CkptfuseError(f"{request.model}: {answer.reason}")
         losses[answer.blocks] = np.asarray(answer.nll, dtype=np.float64)
     if done.returncode != 0:
-        raise JobError(f"scoring.command {command[0]!r} ended with status {done.returncode}")
+        raise JobError(f"{_named(command)} ended with status {done.returncode}")
     return losses

@@ -46,6 +46,7 @@ NUMERICS = Numerics(dtype="float32", attention="sdpa", device_class="cpu")
 BLOCKS = blocks_of_lengths([32] * 6 + [11], digest="blocks-1", documents=[0, 0, 1, 1, 2, 2, 3])
 WEIGHTS = (0.25, 0.0, 0.75)
 ROOT = Path(__file__).parents[2]
+ANSWER = """print('{{"event": "losses", "blocks": "blocks-1", "nll": {nll}}}')"""
 
 
 @dataclass(frozen=True)
@@ -392,9 +393,11 @@ def test_a_command_of_ones_own_stands_in_for_the_scorer(
     ("program", "said"),
     [
         ("raise SystemExit(3)", "ended with status 3"),
-        ("print('hello')", "answered with none losses for 7 blocks of the selection split"),
+        ("print('hello')", "0 losses, where one is expected for each of the 7 blocks"),
         ('print(\'{"event": "losses", "blocks": "blocks-1", "nll": [1.0]}\')', "with 1 losses"),
         ('print(\'{"event": "failed", "reason": "no licence"}\')', "no licence"),
+        (ANSWER.format(nll="[1.0, NaN, 1, 1, 1, 1, 1]"), "with nan nats, which is no"),
+        (ANSWER.format(nll="[1.0, 1, -0.5, 1, 1, 1, 1]"), "for block 2 of the selection"),
     ],
 )
 def test_a_command_that_does_not_answer_fails_the_model_with_what_it_did(
@@ -405,6 +408,7 @@ def test_a_command_that_does_not_answer_fails_the_model_with_what_it_did(
     )
     (answer,) = run_job(asked)
     assert answer.failed is not None
+    assert answer.failed.error == "other", "the checkpoint is not to blame"
     assert said in answer.failed.reason
 
 
