@@ -65,8 +65,10 @@ def run(request: Request) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     records = Records(open_store(request.records))
-    # On a CPU the reading would take from the scoring, and the memory is the same.
-    checkpoints = _Checkpoints(request.models, ahead=request.numerics.device_class != "cpu")
+    # On a CPU the reading would take from the scoring, and the memory is the same. A command wants
+    # that memory for itself.
+    ahead = request.numerics.device_class != "cpu" and not request.command
+    checkpoints = _Checkpoints(request.models, ahead=ahead)
     for index, model in enumerate(request.models):
         try:
             _score_model(index, model, request, records, checkpoints)
@@ -122,6 +124,8 @@ def _score_model(
     started = time.perf_counter()
     if isinstance(model, CheckpointModel):
         loaded = checkpoints.take(index)
+        if request.command:
+            loaded.state_dict.clear()  # they were read to be checked: the command loads its own
         model_id, where = loaded.fingerprint, model.input.uri
         place = where
         read = partial(_read, loaded)
@@ -273,7 +277,7 @@ def _emit(message: Message) -> None:
 def main(path: str) -> None:
     request = Request.model_validate_json(Path(path).read_bytes())
     _keep_to(request.reading)
-    if request.numerics.device_class == "cpu":
+    if request.numerics.device_class == "cpu" and not request.command:
         keep_freed_memory()
     elif request.scratch is not None:
         keep_in(Path(request.scratch, "compiled"))

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import sys
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptfuse import blocks as blocks_module
 from ckptfuse import job, jobs
+from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import open_checkpoint
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.fingerprints import fingerprint_of
@@ -22,7 +25,7 @@ from ckptfuse.jobs import ModelScores, run_job, run_jobs
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.memory import merge_to_memory
 from ckptfuse.modeling import build_model
-from ckptfuse.perplexity import score_blocks
+from ckptfuse.perplexity import BlockLosses, score_blocks
 from ckptfuse.protocol import (
     BlockSet,
     CheckpointModel,
@@ -410,6 +413,36 @@ def test_a_command_that_does_not_answer_fails_the_model_with_what_it_did(
     assert answer.failed is not None
     assert answer.failed.error == "other", "the checkpoint is not to blame"
     assert said in answer.failed.reason
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_weights_are_in_memory_while_a_command_scores(
+    tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Nor is the next checkpoint read, as it is ahead of our own scorer on a GPU."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(source: Input) -> Loaded:
+        loaded = load_input(source)
+        held.extend(weakref.ref(tensor) for tensor in loaded.state_dict.values())
+        return loaded
+
+    def answer(*_: object) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
+        assert held
+        assert not any(tensor() is not None for tensor in held)
+        yield asked.blocks[0], BLOCKS, BlockLosses(np.ones(len(BLOCKS)), 0)
+
+    load_input = job._load
+    monkeypatch.setattr(job, "_load", watched)
+    monkeypatch.setattr(job, "by_command", answer)
+    asked = request_of(tmp_path, *map(checkpoint, llamas[:2])).model_copy(
+        update={
+            "command": ("engine",),
+            "numerics": NUMERICS.model_copy(update={"device_class": device}),
+        }
+    )
+    job.run(asked)
+    assert len(Records(FolderStore(tmp_path / "records")).all(ScoreRecord)) == 2
 
 
 def test_a_request_is_shared_out_over_slots_and_answered_in_its_order(
