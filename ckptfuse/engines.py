@@ -25,7 +25,7 @@ from ckptfuse.checkpoints import longest_context
 from ckptfuse.errors import CkptfuseError, JobError
 from ckptfuse.modeling import vocabulary_size
 from ckptfuse.perplexity import BlockLosses, score_blocks
-from ckptfuse.processes import end_with_parent
+from ckptfuse.processes import end_with_parent, last_words
 from ckptfuse.protocol import BlockSet, EngineFailed, EngineLosses, EngineRequest
 
 #: Told of blocks in all and done.
@@ -106,27 +106,43 @@ def _named(command: Sequence[str]) -> str:
 
 def _run(command: Sequence[str], request: EngineRequest) -> Mapping[str, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "request.json")
+        path, errors = Path(folder, "request.json"), Path(folder, "stderr")
         path.write_text(request.model_dump_json())
         try:
-            done = subprocess.run(
-                [*command, str(path)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=False,
-                preexec_fn=end_with_parent,
-            )
+            with errors.open("wb") as stderr:
+                done = subprocess.run(
+                    [*command, str(path)],
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    check=False,
+                    preexec_fn=end_with_parent,
+                )
         except OSError as error:
             raise JobError(f"{_named(command)} cannot be run: {error}") from error
+        told = last_words(errors)
     losses = {}
     for line in done.stdout.splitlines():
-        try:
-            answer = _ANSWER.validate_json(line)
-        except ValidationError:  # a library's print, not an answer
-            continue
+        answer = _answer(line, command)
         if isinstance(answer, EngineFailed):
             raise CkptfuseError(f"{request.model}: {answer.reason}")
-        losses[answer.blocks] = np.asarray(answer.nll, dtype=np.float64)
+        if answer is not None:
+            losses[answer.blocks] = np.asarray(answer.nll, dtype=np.float64)
     if done.returncode != 0:
-        raise JobError(f"{_named(command)} ended with status {done.returncode}")
+        status = f"{_named(command)} ended with status {done.returncode}: {told}"
+        raise JobError(status.removesuffix(": "))
     return losses
+
+
+def _answer(line: bytes, command: Sequence[str]) -> EngineLosses | EngineFailed | None:
+    """The answer in a line of standard output; None for whatever else is printed there."""
+    try:
+        return _ANSWER.validate_json(line)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        if not fault["loc"]:  # no JSON, or none with an event of ours
+            return None
+        event, *place = map(str, fault["loc"])
+        raise JobError(
+            f"{_named(command)} printed an answer {event!r} that is none, at "
+            f"{'.'.join(place)}: {fault['msg']}"
+        ) from error

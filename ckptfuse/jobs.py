@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from ckptfuse.devices import claim, slots
 from ckptfuse.errors import JobError
 from ckptfuse.job_forkserver import Ended, Job
+from ckptfuse.processes import last_words
 from ckptfuse.protocol import Event, Failed, Read, Request, Scored
 
 #: Jobs of one model each that die until no more are started, if none of the request's lived.
@@ -188,7 +189,7 @@ def _run_once(
             replace(_answer(index, events), seconds=took[index] if index < len(took) else 0.0)
             for index in range(len(request.models))
         ]
-        tail = errors.read_text(errors="replace")[-2000:].strip()
+        tail = last_words(errors)
     killed = " (out of memory?)" if status == -signal.SIGKILL else ""
     return answers, f"the scoring job ended with status {status}{killed}: {tail}".removesuffix(": ")
 

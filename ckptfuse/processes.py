@@ -4,8 +4,10 @@ import ctypes
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAST = 2_000  # bytes of standard error: a traceback of some depth
 
 
 def _linux() -> Callable[[], None]:
@@ -15,6 +17,13 @@ def _linux() -> Callable[[], None]:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     return end_with_parent
+
+
+def last_words(errors: Path) -> str:
+    """The end of what a process wrote to its standard error."""
+    with errors.open("rb") as said:
+        said.seek(max(errors.stat().st_size - _LAST, 0))
+        return said.read().decode(errors="replace").strip()
 
 
 #: For ``preexec_fn``: the kernel kills the child when the thread that started it ends, however

@@ -154,7 +154,13 @@ class EngineRequest(Message):
     threads: int | None = None
 
 
-class EngineLosses(Message):
+class EngineAnswer(BaseModel):
+    """Keys that are not ours are the engine's own affair."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class EngineLosses(EngineAnswer):
     """Its answer for one set of blocks: the summed negative log-likelihood of each, nats."""
 
     event: Literal["losses"] = "losses"
@@ -162,7 +168,7 @@ class EngineLosses(Message):
     nll: tuple[float, ...]
 
 
-class EngineFailed(Message):
+class EngineFailed(EngineAnswer):
     event: Literal["failed"] = "failed"
     reason: str
 

@@ -395,7 +395,10 @@ def test_a_command_of_ones_own_stands_in_for_the_scorer(
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        ("raise SystemExit(3)", "ended with status 3"),
+        ("raise SystemExit(3)", "-c 'raise SystemExit(3)') ended with status 3"),
+        ("raise RuntimeError('driver too old')", "1: Traceback"),
+        ("raise RuntimeError('driver too old')", "RuntimeError: driver too old"),
+        (ANSWER.format(nll="null"), "'losses' that is none, at nll: Input should be a valid array"),
         ("print('hello')", "0 losses, where one is expected for each of the 7 blocks"),
         ('print(\'{"event": "losses", "blocks": "blocks-1", "nll": [1.0]}\')', "with 1 losses"),
         ('print(\'{"event": "failed", "reason": "no licence"}\')', "no licence"),
@@ -413,6 +416,21 @@ def test_a_command_that_does_not_answer_fails_the_model_with_what_it_did(
     assert answer.failed is not None
     assert answer.failed.error == "other", "the checkpoint is not to blame"
     assert said in answer.failed.reason
+
+
+def test_what_a_command_prints_beside_its_answer_is_ignored(
+    tmp_path: Path, llamas: list[Path]
+) -> None:
+    lines = rb"""\xff\xfe a banner
+{"event": "loading", "shard": 1}
+{"event": "losses", "blocks": "blocks-1", "nll": [1, 1, 1, 1, 1, 1, 1], "seconds": 3.2}
+[1]"""
+    program = f"import sys; sys.stdout.buffer.write({lines!r})"
+    asked = request_of(tmp_path, checkpoint(llamas[0])).model_copy(
+        update={"command": (sys.executable, "-c", program)}
+    )
+    (answer,) = run_job(asked)
+    assert answer.scored is not None
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
