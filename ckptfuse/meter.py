@@ -4,11 +4,14 @@ One JSON line a job. It is no state: a lost line loses no result, only some of t
 """
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 DAY = 24 * 3600.0
+
+log = logging.getLogger("ckptfuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,19 @@ class Meter:
         self._file = file
 
     def add(self, *, hours: float, models: int) -> None:
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as lines:
-            line = {"ended": round(time.time(), 1), "hours": round(hours, 6), "models": models}
-            lines.write(json.dumps(line) + "\n")
+        """Count a job that has just ended. What it found must not be lost for want of a line."""
+        line = {"ended": round(time.time(), 1), "hours": round(hours, 6), "models": models}
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
+        except OSError as error:
+            log.warning(
+                "%.3f hours of scoring were not written down, and scoring.hours_per_day will not "
+                "count them: %s",
+                hours,
+                error,
+            )
 
     def spent(self, now: float) -> float:
         """Hours of the jobs that ended in the 24 hours before ``now``."""

@@ -57,3 +57,13 @@ def test_what_is_added_counts(tmp_path: Path) -> None:
     meter.add(hours=0.5, models=1)
     assert meter.spent(4e9) == 0
     assert meter.spent(time.time() + 1) == pytest.approx(0.75)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is full")
+def test_on_a_full_disk_a_job_is_not_counted_and_nothing_else_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "m").symlink_to("/dev/full")
+    Meter(tmp_path / "m").add(hours=0.25, models=1)
+    assert "0.250 hours of scoring were not written down" in caplog.text
+    assert "No space left" in caplog.text
