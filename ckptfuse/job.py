@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -57,6 +58,7 @@ from ckptfuse.record_files import Records
 from ckptfuse.score_records import is_recorded, losses_from, write_score
 from ckptfuse.store import open_store, throttle
 
+_events: IO[str] | None = None  # None: standard output, as long as it is used for nothing else
 _Weights = tuple[Mapping[str, object], Mapping[str, torch.Tensor]]  # configuration, state dict
 
 
@@ -271,10 +273,21 @@ def _culprit(model: Model, error: NonFiniteValues) -> str | None:
 
 
 def _emit(message: Message) -> None:
-    print(message.model_dump_json(), flush=True)
+    print(message.model_dump_json(), file=_events, flush=True)
+
+
+def _keep_events_apart() -> None:
+    """Leave standard output to events: what else this process prints goes to standard error.
+
+    A model's own code may print what is no whole line, in which the next event would be lost.
+    """
+    global _events
+    _events = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
 
 
 def main(path: str) -> None:
+    _keep_events_apart()
     request = Request.model_validate_json(Path(path).read_bytes())
     _keep_to(request.reading)
     if request.numerics.device_class == "cpu" and not request.command:

@@ -229,7 +229,7 @@ class _ForkServer:
         for line in lines:
             try:
                 said = _SAID.validate_json(line)
-            except ValidationError:  # a library's print, not ours
+            except ValidationError:  # a line that the job died in
                 continue
             yield said
             if isinstance(said, Ended):

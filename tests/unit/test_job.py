@@ -362,6 +362,20 @@ def test_a_job_that_is_broken_off_ends_and_the_next_one_runs(
     assert answer.scored is not None
 
 
+def test_what_a_teams_own_code_prints_swallows_no_event(
+    tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talking.py").write_text(
+        "def to_hf(tensors, config):\n    print('converting... ', end='')\n    return tensors\n"
+    )
+    own = {"converter": "talking:to_hf", "model": str(llamas[0])}
+    told: list[Event] = []
+    asked = request_of(tmp_path, checkpoint(llamas[0])).model_copy(update=own)
+    run_job(asked, progress=told.append)
+    assert [event.event for event in told] == ["read", *["progress"] * 4, "scored"]
+
+
 def test_a_fork_server_that_was_killed_between_jobs_is_replaced(
     tmp_path: Path, llamas: list[Path]
 ) -> None:
