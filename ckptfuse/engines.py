@@ -24,7 +24,7 @@ from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import longest_context
 from ckptfuse.errors import CkptfuseError, JobError
 from ckptfuse.modeling import vocabulary_size
-from ckptfuse.perplexity import BlockLosses, score_blocks
+from ckptfuse.perplexity import BlockLosses, check_vocabulary, score_blocks
 from ckptfuse.processes import end_with_parent, last_words
 from ckptfuse.protocol import BlockSet, EngineFailed, EngineLosses, EngineRequest
 
@@ -45,9 +45,9 @@ def by_model(
     notice: Callable[[str], None],
 ) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
     """Score a model in memory on one set of blocks after another."""
+    check_blocks(network, items, where)
     for item in items:
         blocks = blocks_module.load(item.folder)
-        _check_length(network, blocks, where)
         found = score_blocks(
             network,
             blocks,
@@ -58,6 +58,14 @@ def by_model(
         )
         batch_tokens = found.batch_tokens
         yield item, blocks, found
+
+
+def check_blocks(network: torch.nn.Module, items: Sequence[BlockSet], where: str) -> None:
+    """Raise CkptfuseError for text that a model cannot read; its weights need not be there."""
+    for item in items:
+        blocks = blocks_module.load(item.folder)
+        _check_length(network, blocks, where)
+        check_vocabulary(blocks, vocabulary_size(network))
 
 
 def _check_length(network: torch.nn.Module, blocks: Blocks, where: str) -> None:

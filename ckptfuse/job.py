@@ -24,17 +24,18 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 import torch
 
 from ckptfuse.blocks import Blocks
-from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.compiled import keep_in
-from ckptfuse.conversion import convert
-from ckptfuse.engines import by_command, by_model
+from ckptfuse.conversion import convert, model_config
+from ckptfuse.engines import by_command, by_model, check_blocks
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
 from ckptfuse.fusion import Recipe
 from ckptfuse.heap import keep_freed_memory
+from ckptfuse.layouts import read_config
 from ckptfuse.merge.folder import write_and_identify
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
-from ckptfuse.modeling import build_model
+from ckptfuse.modeling import build_model, outline_of
 from ckptfuse.own_code import read_code
 from ckptfuse.perplexity import BlockLosses
 from ckptfuse.protocol import (
@@ -70,7 +71,7 @@ def run(request: Request) -> None:
     # On a CPU the reading would take from the scoring, and the memory is the same. A command wants
     # that memory for itself.
     ahead = request.numerics.device_class != "cpu" and not request.command
-    checkpoints = _Checkpoints(request.models, ahead=ahead)
+    checkpoints = _Checkpoints(request, ahead=ahead)
     for index, model in enumerate(request.models):
         try:
             _score_model(index, model, request, records, checkpoints)
@@ -100,8 +101,8 @@ def run(request: Request) -> None:
 class _Checkpoints:
     """The request's checkpoints, in order; with ``ahead``, one is read while another is scored."""
 
-    def __init__(self, models: Sequence[Model], *, ahead: bool) -> None:
-        self._models = models
+    def __init__(self, request: Request, *, ahead: bool) -> None:
+        self._request = request
         self._ahead = ahead
         self._reader = ThreadPoolExecutor(1)
         self._reading: dict[int, Future[Loaded]] = {}
@@ -115,9 +116,10 @@ class _Checkpoints:
         return loaded
 
     def _read(self, index: int) -> None:
-        model = self._models[index] if index < len(self._models) else None
+        models = self._request.models
+        model = models[index] if index < len(models) else None
         if isinstance(model, CheckpointModel) and index not in self._reading:
-            self._reading[index] = self._reader.submit(_load, model.input)
+            self._reading[index] = self._reader.submit(_load, model.input, self._request)
 
 
 def _score_model(
@@ -188,18 +190,13 @@ def _own_engine(
     if request.model is not None and not converted:
         config, state_dict = convert(request.converter, request.model, state_dict, where)
         place = request.model
-    if not config:
-        raise CkptfuseError(
-            f"{where}: no config.json says what model this is; name a folder that has it with "
-            "scoring.model (--model)"
-        )
     network = build_model(
         config,
         state_dict,
         numerics=request.numerics,
         where=where,
         split=request.split,
-        code=read_code(open_store(place)) if request.trust_remote_code else None,
+        code=_code(request, place),
     )
     del state_dict
     yield from by_model(
@@ -235,14 +232,33 @@ def _command_engine(
         yield from by_command(request.command, asked)
 
 
-def _load(source: Input) -> Loaded:
-    loaded = load(open_checkpoint(source.uri, source.signature))
+def _code(request: Request, place: str) -> Mapping[str, bytes] | None:
+    return read_code(open_store(place)) if request.trust_remote_code else None
+
+
+def _load(source: Input, request: Request) -> Loaded:
+    checkpoint = open_checkpoint(source.uri, source.signature)
+    if not request.command:
+        _check_settings(checkpoint, request)
+    loaded = load(checkpoint)
     if source.fingerprint is not None and loaded.fingerprint != source.fingerprint:
         raise ChangedCheckpoint(
             f"{source.uri}: its bytes have fingerprint {loaded.fingerprint[:16]}, where "
             f"{source.fingerprint[:16]} was pinned; it was written again since"
         )
     return loaded
+
+
+def _check_settings(checkpoint: Checkpoint, request: Request) -> None:
+    """Refuse what these settings can never score by its configuration, a few kB, alone.
+
+    The service tries such a checkpoint again with each look, and its weights may be a terabyte.
+    """
+    where, place = checkpoint.uri, request.model or checkpoint.uri
+    config = model_config(place) if request.model else read_config(open_store(place))
+    code = _code(request, place)
+    outline = outline_of(config, numerics=request.numerics, where=where, code=code)
+    check_blocks(outline.model, request.blocks, where)
 
 
 def _read(loaded: Loaded) -> _Weights:

@@ -87,7 +87,7 @@ def read_layout(checkpoint: Checkpoint) -> Layout:
     """The model's tensors; raises IncompleteCheckpoint or DamagedCheckpoint."""
     store = checkpoint.store()
     sizes = {entry.path: entry.size for entry in checkpoint.files}
-    config = _read_config(store)
+    config = read_config(store)
     metadata = distributed_metadata(entry.path for entry in checkpoint.files)
     if metadata is not None:
         entries = _read_entries(checkpoint, metadata)
@@ -123,7 +123,7 @@ def read_training_state(checkpoint: Checkpoint) -> Layout:
     store = checkpoint.store()
     entries = _read_entries(checkpoint, metadata)
     tensors = dcp.locate(store, entries.values())
-    return Layout(checkpoint, "dcp", tensors, _read_config(store), entries=entries)
+    return Layout(checkpoint, "dcp", tensors, read_config(store), entries=entries)
 
 
 def optimizer_beside(checkpoint: Checkpoint) -> dcp.Entries:
@@ -176,7 +176,8 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _read_config(store: Store) -> Mapping[str, object]:
+def read_config(store: Store) -> Mapping[str, object]:
+    """The configuration that lies in a checkpoint's folder; empty without one."""
     try:
         config = json.loads(store.read(CONFIG))
     except MissingFile:

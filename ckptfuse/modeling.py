@@ -4,6 +4,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,38 @@ from ckptfuse.protocol import Numerics
 
 _MORE_GPUS = "scoring.gpus_per_job spreads a model over more of them"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A model without values (on torch's meta device), and the attention to score it with."""
+
+    config: Any  # what was read, of which the model may have taken a part
+    model: Any
+    attention: str
+
+
+def outline_of(
+    config: Mapping[str, object],
+    *,
+    numerics: Numerics,
+    where: str,
+    code: Mapping[str, bytes] | None = None,
+) -> Outline:
+    """The causal language model of ``config``, as build_model knows it before it has weights.
+
+    Raises CkptfuseError naming ``where`` when there is no such model here.
+    """
+    if not config:
+        raise CkptfuseError(
+            f"{where}: no config.json says what model this is; name a folder that has it with "
+            "scoring.model (--model)"
+        )
+    load_transformers()
+    files = {CONFIG: json.dumps(dict(config)).encode(), **(code or {})}
+    with offered(files) as folder:
+        hf_config, model = _outline(folder, where, trusted=code is not None)
+    return Outline(hf_config, model, _attention(model, numerics, where))
 
 
 def build_model(
@@ -36,19 +69,15 @@ def build_model(
     when the weights do not fit the configuration: a model with freshly initialised parts must not
     be scored.
     """
-    load_transformers()
-    files = {CONFIG: json.dumps(dict(config)).encode(), **(code or {})}
-    with offered(files) as folder:
-        hf_config, outline = _outline(folder, where, trusted=code is not None)
-    _check_shapes(outline, state_dict, where)
-    attention = _attention(outline, numerics, where)
+    outline = outline_of(config, numerics=numerics, where=where, code=code)
+    _check_shapes(outline.model, state_dict, where)
     try:
-        model, info = type(outline).from_pretrained(
+        model, info = type(outline.model).from_pretrained(
             None,
-            config=hf_config,
+            config=outline.config,
             state_dict=dict(state_dict),
             dtype=_DTYPES[numerics.dtype],
-            attn_implementation=attention,
+            attn_implementation=outline.attention,
             device_map="auto" if split else None,
             output_loading_info=True,
         )

@@ -61,7 +61,7 @@ def score_blocks(
     the device runs out of memory. Raises CkptfuseError when a token is outside of the vocabulary,
     or when a single block does not fit.
     """
-    _check_vocabulary(blocks, vocabulary)
+    check_vocabulary(blocks, vocabulary)
     losses = TokenLosses(model, vocabulary=vocabulary)
     size = batch_tokens or _fitting(losses, blocks)
     faster = compiled_where_it_pays(losses, model, *_commonest_batch(blocks, size), notice)
@@ -85,7 +85,8 @@ def score_blocks(
     return BlockLosses(nll, size, compiled=faster is not None and faster.is_used)
 
 
-def _check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
+def check_vocabulary(blocks: Blocks, vocabulary: int) -> None:
+    """Raise CkptfuseError when a token is outside of the vocabulary."""
     highest = int(blocks.tokens.max())
     if highest >= vocabulary:
         raise CkptfuseError(

@@ -190,6 +190,28 @@ def test_of_a_merge_the_input_that_is_to_blame_is_named_by_its_uri(ran: Ran) -> 
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "tomorrow5"}, "tomorrow5"),
+        ({"max_position_embeddings": 16}, "to 16 or less"),
+        ({"vocab_size": 50}, "outside of the model's vocabulary of 50"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "m.C"}}, "trust_remote_code"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 5.0}, "soft cap"),
+    ],
+)
+def test_what_these_settings_can_never_score_is_refused_without_a_look_at_its_weights(
+    tmp_path: Path, llamas: list[Path], changes: dict[str, object], said: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    never = copied(llamas[0], tmp_path / "never", **changes)
+    monkeypatch.setattr(job, "load", lambda checkpoint: pytest.fail("its weights are read"))
+    job.run(request_of(tmp_path, checkpoint(never)))
+    (event,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (event["event"], event["error"]) == ("failed", "other")
+    assert said in event["reason"]
+
+
+@pytest.mark.parametrize(
     ("index", "error", "said"),
     [
         (2, "damaged", "missing keys"),
@@ -454,8 +476,8 @@ def test_no_weights_are_in_memory_while_a_command_scores(
     """Nor is the next checkpoint read, as it is ahead of our own scorer on a GPU."""
     held: list[weakref.ref[torch.Tensor]] = []
 
-    def watched(source: Input) -> Loaded:
-        loaded = load_input(source)
+    def watched(source: Input, request: Request) -> Loaded:
+        loaded = load_input(source, request)
         held.extend(weakref.ref(tensor) for tensor in loaded.state_dict.values())
         return loaded
 
@@ -501,14 +523,15 @@ def test_a_checkpoint_is_read_while_the_one_before_it_is_scored(
 ) -> None:
     read: list[str] = []
 
-    def noting(source: Input) -> Loaded:
+    def noting(source: Input, request: Request) -> Loaded:
         read.append(Path(source.uri).name)
-        return load_input(source)
+        return load_input(source, request)
 
     load_input = job._load
     monkeypatch.setattr(job, "_load", noting)
     models = (*map(checkpoint, llamas), checkpoint(tmp_path / "absent"))
-    ahead = job._Checkpoints(models, ahead=True)
+    request = request_of(tmp_path, *models)
+    ahead = job._Checkpoints(request, ahead=True)
     for index, path in enumerate(llamas):
         assert ahead.take(index).layout.checkpoint.name == path.name
         following = Path(models[index + 1].input.uri).name
@@ -518,7 +541,7 @@ def test_a_checkpoint_is_read_while_the_one_before_it_is_scored(
         ahead.take(len(llamas))
     assert len(read) == len(models)
 
-    alone = job._Checkpoints(models, ahead=False)
+    alone = job._Checkpoints(request, ahead=False)
     alone.take(0)
     alone._reader.submit(lambda: None).result()
     assert len(read) == len(models) + 1
