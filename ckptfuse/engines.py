@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +46,7 @@ def by_model(
 ) -> Iterator[tuple[BlockSet, Blocks, BlockLosses]]:
     """Score a model in memory on one set of blocks after another."""
     check_blocks(network, items, where)
+    notice = cache(notice)  # what is true of the model would be said for each set of blocks
     for item in items:
         blocks = blocks_module.load(item.folder)
         found = score_blocks(

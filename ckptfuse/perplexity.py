@@ -31,6 +31,11 @@ CPU_BATCH_TOKENS = 2_048
 #: On a GPU: what fits into this part of the free memory, as measured on one block, at most so many.
 GPU_SHARE = 0.7
 GPU_BATCH_TOKENS = 65_536  # larger ones are no faster
+#: Told of a model whose head cannot be run by parts.
+WHOLE = (
+    "this model's code makes the logits of a whole batch, which takes memory; "
+    "scoring.batch_tokens sets how large a batch is"
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ def score_blocks(
     """
     check_vocabulary(blocks, vocabulary)
     losses = TokenLosses(model, vocabulary=vocabulary)
+    if not losses.is_tiled:
+        notice(WHOLE)
     size = batch_tokens or _fitting(losses, blocks)
     faster = compiled_where_it_pays(losses, model, *_commonest_batch(blocks, size), notice)
     score = faster or losses

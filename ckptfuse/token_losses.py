@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.log_sum_exp import log_sum_exp_
@@ -44,9 +45,12 @@ class TokenLosses:
         torch.backends.cuda.enable_cudnn_sdp(False)
         probe = torch.arange(8, device=self.device).remainder(vocabulary).reshape(2, 4)
         self._check_causal(probe)
-        # Not the method of ours that it chooses: that would be a circle of references, which would
-        # hold the model until garbage is collected.
-        self._is_tiled = self._suits(probe)
+        self._backbone = self._suiting_backbone(probe)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the logits of a batch are never whole."""
+        return self._backbone is not None
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor, context: int) -> torch.Tensor:
@@ -55,8 +59,10 @@ class TokenLosses:
         ``tokens`` int64 [B, n]: all but the first ``context`` of each row are predicted.
         """
         tokens = tokens.to(self.device)
-        losses = self._by_tiles if self._is_tiled else self._by_rows
-        return losses(tokens[:, :-1], tokens[:, context:]).sum(dim=1).cpu()
+        inputs, targets = tokens[:, :-1], tokens[:, context:]
+        if self._backbone is None:
+            return self._by_rows(inputs, targets).sum(dim=1).cpu()
+        return self._by_tiles(self._backbone, inputs, targets).sum(dim=1).cpu()
 
     def _by_rows(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """float64 [B, n - context], from the logits of the model as it is."""
@@ -64,16 +70,20 @@ class TokenLosses:
         rows = zip(logits, targets, strict=True)
         return torch.stack([_losses([(0, row.to(self.device))], wanted) for row, wanted in rows])
 
-    def _by_tiles(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _by_tiles(
+        self, backbone: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
         """The same from the head, on some of the vocabulary at a time."""
         width = max(self._tile_bytes // (4 * targets.numel()), 1)
         width = width // ALIGNED * ALIGNED or width
-        with closing(self._tiles(inputs, targets.shape[1], width)) as tiles:
+        with closing(self._tiles(backbone, inputs, targets.shape[1], width)) as tiles:
             return _losses(tiles, targets.reshape(-1)).reshape(targets.shape)
 
-    def _tiles(self, inputs: torch.Tensor, last: int, width: int) -> Generator[Tile, None, None]:
+    def _tiles(
+        self, backbone: torch.nn.Module, inputs: torch.Tensor, last: int, width: int
+    ) -> Generator[Tile, None, None]:
         """Logits at the last positions of all rows, of ``width`` tokens at a time."""
-        backbone, head = self._model.base_model, self._model.get_output_embeddings()
+        head = self._model.get_output_embeddings()
         output = backbone(input_ids=inputs, use_cache=False)
         hidden = output.last_hidden_state[:, -last:]
         output.last_hidden_state = hidden.reshape(1, -1, hidden.shape[-1])
@@ -109,13 +119,27 @@ class TokenLosses:
             )
 
     @torch.inference_mode()
-    def _suits(self, inputs: torch.Tensor) -> bool:
+    def _suiting_backbone(self, inputs: torch.Tensor) -> torch.nn.Module | None:
+        """The part whose hidden states the head can be given by themselves; None without one.
+
+        Found by what the model calls and not by its name: a model's ``base_model`` may be itself
+        (Llama 4), or a wrapper that it does not call (OPT, BART).
+        """
+        called: list[torch.nn.Module] = []
+
+        def note(module: torch.nn.Module, _: object, output: object) -> None:
+            if module is not self._model and hasattr(output, "last_hidden_state"):
+                called.append(module)
+
+        with register_module_forward_hook(note):
+            whole = self._model(input_ids=inputs, use_cache=False).logits.to(self.device)
+        outermost_first = reversed(called)
+        return next((part for part in outermost_first if self._suits(part, inputs, whole)), None)
+
+    def _suits(self, backbone: torch.nn.Module, inputs: torch.Tensor, whole: torch.Tensor) -> bool:
         """Whether the head on parts of the vocabulary gives what the whole model gives."""
-        if self._model.base_model is self._model:
-            return False
-        whole = self._model(input_ids=inputs, use_cache=False).logits.to(self.device)
         try:
-            tiles = self._tiles(inputs, inputs.shape[1], whole.shape[-1] // 2 + 1)
+            tiles = self._tiles(backbone, inputs, inputs.shape[1], whole.shape[-1] // 2 + 1)
             parts = torch.cat([logits for _, logits in tiles], dim=1).reshape(whole.shape)
         except Exception:  # an architecture may do anything here, and the whole model is right
             return False

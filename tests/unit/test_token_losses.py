@@ -30,6 +30,8 @@ ARCHITECTURES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "mamba": {},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 64},
+    "bart": {"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 64, "is_decoder": True},
 }
 
 
@@ -58,12 +60,10 @@ def test_the_losses_of_a_head_in_parts_are_those_of_the_whole_model(
     assert torch.allclose(found, reference(model, tokens, context), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt_neox", "gpt2", "mixtral"])
-def test_the_usual_architectures_never_make_the_logits_of_a_batch(
-    name: str, monkeypatch: pytest.MonkeyPatch
+def test_no_architecture_here_makes_the_logits_of_a_batch(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = AutoConfig.for_model(name, **{**SMALL, **ARCHITECTURES[name]})
-    network = AutoModelForCausalLM.from_config(config).eval()
+    network = copy.deepcopy(model)
     monkeypatch.setattr(module, "TILE_BYTES", {"cpu": 4 * 96 * 16})
     losses = TokenLosses(network, vocabulary=96)
     largest = 0
@@ -75,6 +75,15 @@ def test_the_usual_architectures_never_make_the_logits_of_a_batch(
     network.get_output_embeddings().register_forward_hook(watch)
     losses(torch.zeros(8, 16, dtype=torch.int64), 1)
     assert largest == 8 * 15 * (4 * 96 * 16 // (4 * 8 * 15))
+
+
+def test_a_model_whose_head_cannot_be_run_by_parts_is_told(llama: torch.nn.Module) -> None:
+    said: list[str] = []
+    blocks = blocks_of_lengths([16])
+    score_blocks(llama, blocks, vocabulary=96, notice=said.append)
+    assert said == []
+    score_blocks(Memory(llama, 99), blocks, vocabulary=96, notice=said.append)
+    assert said == [perplexity.WHOLE]
 
 
 def test_a_scored_model_goes_with_its_last_reference() -> None:
@@ -139,7 +148,8 @@ def test_out_of_memory_halves_the_batch_says_so_and_changes_no_loss(
     )
     assert found.nll == pytest.approx(expected, rel=1e-5)
     assert found.batch_tokens == 32
-    assert said == [f"out of memory: going on with {size} tokens a batch" for size in (64, 32)]
+    halved = [f"out of memory: going on with {size} tokens a batch" for size in (64, 32)]
+    assert said == [perplexity.WHOLE, *halved], "its logits are those of whole batches, by the way"
 
 
 def test_a_block_that_does_not_fit_by_itself_is_an_error_that_says_what_to_do(
