@@ -23,6 +23,9 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOCKS = Path("/tmp/ckptfuse-devices")
 #: As CUDA reads the list, up to the first that is none: -1, and what Slurm sets without GPUs.
 _IS_GPU = re.compile(r"\d+|GPU-.+|MIG-.+").fullmatch
+#: A folder for each, by its place on the bus, in which order it is numbered.
+_GPUS = Path("/proc/driver/nvidia/gpus")
+_UUID = re.compile(r"^GPU UUID:\s*(GPU-[0-9a-f-]+)$", re.MULTILINE).search
 _PAUSE = 0.5  # seconds between two tries
 
 log = logging.getLogger("ckptfuse")
@@ -81,13 +84,33 @@ def _free(
         gpus = [gpu for gpu in slot.get(VISIBLE, "").split(",") if gpu]
         with ExitStack() as locks:
             try:
-                for gpu in gpus:
-                    locks.enter_context(_lock(gpu).acquire(timeout=0))
+                for name in sorted(set().union(*map(_names, gpus))):
+                    locks.enter_context(_lock(name).acquire(timeout=0))
             except Timeout:
                 continue
             held.push(locks.pop_all())
             found.append(slot)
     return found
+
+
+def _names(gpu: str) -> set[str]:
+    """What a GPU is locked by: as it is spelled here, and its UUID, which others may have for it.
+
+    By both, since the driver may not tell the UUID before the GPU is first used.
+    """
+    uuids = _uuids()
+    if gpu.isdecimal():
+        return {gpu, *filter(None, uuids[int(gpu) :][:1])}
+    return {gpu, *(uuid for uuid in uuids if uuid.startswith(gpu))}  # CUDA takes its beginning
+
+
+def _uuids() -> list[str]:
+    """Of all GPUs that the driver has, in the order of their numbers; empty where it is unknown."""
+    try:
+        about = [file.read_text() for file in sorted(_GPUS.glob("*/information"))]
+    except OSError:  # not for this user to read
+        return []
+    return [found[1] if (found := _UUID(text)) else "" for text in about]
 
 
 def _lock(gpu: str) -> FileLock:

@@ -106,6 +106,41 @@ def test_a_job_on_two_gpus_takes_both_or_none(locks: Path) -> None:
     other.wait()
 
 
+UUIDS = ["GPU-6b1c0000-1111-2222-3333-444455556666", "GPU-5af30000-1111-2222-3333-444455556666"]
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The driver's files of two GPUs; of a third it does not know the UUID yet."""
+    unknown = "GPU-????????-????-????-????-????????????"
+    for place, uuid in zip(("0000:01:00.0", "0000:41:00.0", "0000:81:00.0"), [*UUIDS, unknown],
+                           strict=True):  # fmt: skip
+        (tmp_path / "gpus" / place).mkdir(parents=True)
+        about = f"Model: \t\t NVIDIA H200\nIRQ:   \t\t 91\nGPU UUID: \t {uuid}\nDevice Minor: 0\n"
+        (tmp_path / "gpus" / place / "information").write_text(about)
+    monkeypatch.setattr(devices, "_GPUS", tmp_path / "gpus")
+    return tmp_path / "gpus"
+
+
+@pytest.mark.usefixtures("driver", "locks")
+@pytest.mark.parametrize(
+    ("held", "asked"),
+    [("0", UUIDS), ("0", ["GPU-6b1c", "1"]), (UUIDS[0], ["0", "1"]), ("GPU-6b1c", ["0", UUIDS[1]])],
+)
+def test_a_gpu_is_held_whether_it_is_named_by_its_number_or_its_uuid(
+    held: str, asked: list[str]
+) -> None:
+    wanted = [{VISIBLE: gpu} for gpu in asked]
+    with claim([{VISIBLE: held}], 1), claim(wanted, 2) as free:
+        assert free == wanted[1:]
+
+
+@pytest.mark.usefixtures("driver", "locks")
+def test_a_gpu_whose_uuid_the_driver_does_not_tell_is_held_by_its_number() -> None:
+    with claim([{VISIBLE: "2"}], 1), claim([{VISIBLE: "2"}, {VISIBLE: "1"}], 2) as free:
+        assert free == [{VISIBLE: "1"}]
+
+
 def test_a_cpu_is_shared() -> None:
     with claim([{}], 1) as one, claim([{}], 1) as other:
         assert one == other == [{}]
