@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING
 
 from ckptfuse.checkpoints import CONFIG, read_ancillary
 from ckptfuse.digests import content_digest, digest
-from ckptfuse.errors import ConfigurationError, DamagedCheckpoint, MissingFile
+from ckptfuse.errors import ConfigurationError, ConversionError, MissingFile
 from ckptfuse.imports import load_function
 from ckptfuse.store import open_store
 
 if TYPE_CHECKING:
     import torch
+
+    from ckptfuse.layouts import Layout
 
 Converter = Callable[[dict[str, "torch.Tensor"], Mapping[str, object]], dict[str, "torch.Tensor"]]
 
@@ -70,7 +72,7 @@ def convert(
 ) -> tuple[Mapping[str, object], Mapping[str, "torch.Tensor"]]:
     """The configuration and tensors of the Hugging Face model.
 
-    Raises DamagedCheckpoint naming ``where`` when the converter does not know the tensors.
+    Raises ConversionError naming ``where`` when the converter does not know the tensors.
     """
     config = model_config(folder)
     if converter is None:
@@ -78,7 +80,28 @@ def convert(
     function: Converter = load_function(converter, "converter")
     try:
         return config, function(dict(tensors), config)
-    except (KeyError, ValueError, TypeError, RuntimeError, IndexError) as error:
-        raise DamagedCheckpoint(
+    except Exception as error:  # a function of the team's own
+        raise ConversionError(
             f"{where}: converter {converter!r} cannot convert it: {error!r}"
         ) from error
+
+
+def check_converter(converter: str, folder: str, layout: "Layout") -> None:
+    """Raise ConversionError if the converter looks for tensors that are not there.
+
+    It is given tensors without values, and what else it may fail at with those says nothing.
+    """
+    import torch
+
+    from ckptfuse.torch_dtypes import torch_dtype
+
+    where = layout.checkpoint
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=torch_dtype(tensor, where), device="meta")
+        for name, tensor in layout.tensors.items()
+    }
+    try:
+        convert(converter, folder, tensors, where.uri)
+    except ConversionError as error:
+        if isinstance(error.__cause__, KeyError | IndexError):
+            raise

@@ -37,6 +37,10 @@ class ChangedCheckpoint(CkptfuseError):
     """A checkpoint whose files changed while they were read; the next look reads it afresh."""
 
 
+class ConversionError(CkptfuseError):
+    """A converter of the team's own that fails: it is to blame as well as the checkpoint may be."""
+
+
 class NonFiniteValues(DamagedCheckpoint):
     """NaN or Inf among weights or losses. ``checkpoint`` names the culprit."""
 

@@ -26,12 +26,12 @@ import torch
 from ckptfuse.blocks import Blocks
 from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.compiled import keep_in
-from ckptfuse.conversion import convert, model_config
+from ckptfuse.conversion import check_converter, convert, model_config
 from ckptfuse.engines import by_command, by_model, check_blocks
 from ckptfuse.errors import ChangedCheckpoint, CkptfuseError, DamagedCheckpoint, NonFiniteValues
 from ckptfuse.fusion import Recipe
 from ckptfuse.heap import keep_freed_memory
-from ckptfuse.layouts import read_config
+from ckptfuse.layouts import read_config, read_layout
 from ckptfuse.merge.folder import write_and_identify
 from ckptfuse.merge.inputs import Inputs, open_inputs
 from ckptfuse.merge.memory import merge_to_memory
@@ -118,8 +118,16 @@ class _Checkpoints:
     def _read(self, index: int) -> None:
         models = self._request.models
         model = models[index] if index < len(models) else None
-        if isinstance(model, CheckpointModel) and index not in self._reading:
-            self._reading[index] = self._reader.submit(_load, model.input, self._request)
+        if not isinstance(model, CheckpointModel) or index in self._reading:
+            return
+        try:
+            # In this thread: building a model's outline changes torch's defaults for all of them.
+            checkpoint = _open(model.input, self._request)
+        except Exception as error:  # of this model, when it is taken
+            self._reading[index] = Future()
+            self._reading[index].set_exception(error)
+        else:
+            self._reading[index] = self._reader.submit(_load, checkpoint, model.input.fingerprint)
 
 
 def _score_model(
@@ -236,21 +244,26 @@ def _code(request: Request, place: str) -> Mapping[str, bytes] | None:
     return read_code(open_store(place)) if request.trust_remote_code else None
 
 
-def _load(source: Input, request: Request) -> Loaded:
+def _open(source: Input, request: Request) -> Checkpoint:
+    """Its listing and headers; no weights are read. Raises what these settings cannot score."""
     checkpoint = open_checkpoint(source.uri, source.signature)
     if not request.command:
         _check_settings(checkpoint, request)
+    return checkpoint
+
+
+def _load(checkpoint: Checkpoint, fingerprint: str | None) -> Loaded:
     loaded = load(checkpoint)
-    if source.fingerprint is not None and loaded.fingerprint != source.fingerprint:
+    if fingerprint is not None and loaded.fingerprint != fingerprint:
         raise ChangedCheckpoint(
-            f"{source.uri}: its bytes have fingerprint {loaded.fingerprint[:16]}, where "
-            f"{source.fingerprint[:16]} was pinned; it was written again since"
+            f"{checkpoint.uri}: its bytes have fingerprint {loaded.fingerprint[:16]}, where "
+            f"{fingerprint[:16]} was pinned; it was written again since"
         )
     return loaded
 
 
 def _check_settings(checkpoint: Checkpoint, request: Request) -> None:
-    """Refuse what these settings can never score by its configuration, a few kB, alone.
+    """Refuse what these settings can never score by its configuration and headers, a few kB.
 
     The service tries such a checkpoint again with each look, and its weights may be a terabyte.
     """
@@ -259,6 +272,8 @@ def _check_settings(checkpoint: Checkpoint, request: Request) -> None:
     code = _code(request, place)
     outline = outline_of(config, numerics=request.numerics, where=where, code=code)
     check_blocks(outline.model, request.blocks, where)
+    if request.model is not None and request.converter is not None:
+        check_converter(request.converter, request.model, read_layout(checkpoint))
 
 
 def _read(loaded: Loaded) -> _Weights:

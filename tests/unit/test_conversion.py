@@ -11,12 +11,13 @@ import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ckptfuse.checkpoints import Contents, open_checkpoint
-from ckptfuse.conversion import convert, identity, made_by
+from ckptfuse.conversion import check_converter, convert, identity, made_by
 from ckptfuse.digests import content_digest
-from ckptfuse.errors import CkptfuseError, ConfigurationError, DamagedCheckpoint
+from ckptfuse.errors import CkptfuseError, ConfigurationError, ConversionError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec, Recipe
 from ckptfuse.imports import load_function
+from ckptfuse.layouts import read_layout
 from ckptfuse.merge.converted import write_converted
 from ckptfuse.merge.inputs import open_inputs
 from ckptfuse.merge.once import merge_once
@@ -171,5 +172,22 @@ def test_a_converter_must_be_there_and_know_the_tensors(models: list[Path], tmp_
     with pytest.raises(ConfigurationError, match=r"config\.json: not JSON"):
         convert(None, str(tmp_path), {}, "here")
     strange = {"layers.0.attention.wz.weight": torch.ones(2, 2)}
-    with pytest.raises(DamagedCheckpoint, match=r"here.*wz"):
+    with pytest.raises(ConversionError, match=r"here.*wz"):
         convert(EXAMPLE, str(models[0]), strange, "here")
+
+
+def misspelt(tensors: dict[str, torch.Tensor], config: object) -> dict[str, torch.Tensor]:
+    return {"x": tensors["no.such.tensor"]}
+
+
+def by_way_of_numpy(tensors: dict[str, torch.Tensor], config: object) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values.numpy()) for name, values in tensors.items()}
+
+
+def test_a_slip_in_a_converter_is_told_before_any_weights_are_read(models: list[Path]) -> None:
+    layout = read_layout(open_checkpoint(str(models[0])))
+    with pytest.raises(
+        ConversionError, match=r"checkpoint-0: converter .*misspelt.*no\.such\.tensor"
+    ):
+        check_converter(f"{__name__}:misspelt", str(models[0]), layout)
+    check_converter(f"{__name__}:by_way_of_numpy", str(models[0]), layout)

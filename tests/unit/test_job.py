@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ckptfuse import blocks as blocks_module
 from ckptfuse import job, jobs
 from ckptfuse.blocks import Blocks
-from ckptfuse.checkpoints import open_checkpoint
+from ckptfuse.checkpoints import Checkpoint, open_checkpoint
 from ckptfuse.errors import CkptfuseError
 from ckptfuse.fingerprints import fingerprint_of
 from ckptfuse.fusion import FusionSpec
@@ -476,8 +476,8 @@ def test_no_weights_are_in_memory_while_a_command_scores(
     """Nor is the next checkpoint read, as it is ahead of our own scorer on a GPU."""
     held: list[weakref.ref[torch.Tensor]] = []
 
-    def watched(source: Input, request: Request) -> Loaded:
-        loaded = load_input(source, request)
+    def watched(checkpoint: Checkpoint, fingerprint: str | None) -> Loaded:
+        loaded = load_input(checkpoint, fingerprint)
         held.extend(weakref.ref(tensor) for tensor in loaded.state_dict.values())
         return loaded
 
@@ -523,25 +523,25 @@ def test_a_checkpoint_is_read_while_the_one_before_it_is_scored(
 ) -> None:
     read: list[str] = []
 
-    def noting(source: Input, request: Request) -> Loaded:
-        read.append(Path(source.uri).name)
-        return load_input(source, request)
+    def noting(checkpoint: Checkpoint, fingerprint: str | None) -> Loaded:
+        read.append(checkpoint.name)
+        return load_input(checkpoint, fingerprint)
 
     load_input = job._load
     monkeypatch.setattr(job, "_load", noting)
     models = (*map(checkpoint, llamas), checkpoint(tmp_path / "absent"))
     request = request_of(tmp_path, *models)
     ahead = job._Checkpoints(request, ahead=True)
-    for index, path in enumerate(llamas):
-        assert ahead.take(index).layout.checkpoint.name == path.name
-        following = Path(models[index + 1].input.uri).name
+    names = [path.name for path in llamas]
+    for index, name in enumerate(names):
+        assert ahead.take(index).layout.checkpoint.name == name
         ahead._reader.submit(lambda: None).result()
-        assert read[-1] == following
+        assert read == names[: index + 2]
     with pytest.raises(CkptfuseError, match="absent"):
         ahead.take(len(llamas))
-    assert len(read) == len(models)
 
+    read.clear()
     alone = job._Checkpoints(request, ahead=False)
     alone.take(0)
     alone._reader.submit(lambda: None).result()
-    assert len(read) == len(models) + 1
+    assert read == names[:1]
