@@ -1,6 +1,7 @@
 """What scoring has cost lately: a meter beside the records, to keep to a budget by.
 
-One JSON line a job. It is no state: a lost line loses no result, only some of the count.
+One JSON line a job, and one more for what failed in it. It is no state: a lost line loses no
+result, only some of the count.
 """
 
 import json
@@ -18,7 +19,7 @@ log = logging.getLogger("ckptfuse")
 class _Job:
     ended: float  # seconds since the epoch
     hours: float  # of all its GPUs together; of the CPU where there is none
-    models: int  # scored in it; those that failed took hours, and tell of no other's
+    models: int  # scored in it; 0: these hours went into models that failed
 
 
 class Meter:
@@ -56,14 +57,16 @@ class Meter:
         Before anything was measured: one, to measure. A model that takes more than a day's budget
         is due when as many days have passed as it takes budgets, so that these are met on average.
         """
-        recent = self._jobs()[-20:]
-        hours = sum(job.hours for job in recent)
-        if not hours:
+        left = hours_per_day - self.spent(now)
+        if left <= 0:
+            return 0
+        recent = [job for job in self._jobs() if job.models and job.hours][-20:]
+        if not recent:
             return 1
-        each = hours / max(sum(job.models for job in recent), 1)
+        each = sum(job.hours for job in recent) / sum(job.models for job in recent)
         if each > hours_per_day:
             return int(now - recent[-1].ended >= DAY * each / hours_per_day)
-        return max(int((hours_per_day - self.spent(now)) / each), 0)
+        return int(left / each)
 
     def _jobs(self) -> list[_Job]:
         if not self._file.is_file():

@@ -173,9 +173,11 @@ class Scorer:
         )
         gpus = self.params.scoring.gpus_per_job
         answers = self.runner.run(request, gpus, progress=progress)
-        scored = [answer.scored for answer in answers if answer.scored and answer.scored.tokens]
-        seconds = sum(answer.seconds for answer in answers)
-        self.meter.add(hours=seconds * gpus / 3600, models=len(scored))
+        scored = [answer.seconds for answer in answers if answer.scored and answer.scored.tokens]
+        failed = [answer.seconds for answer in answers if answer.failed]
+        self.meter.add(hours=sum(scored) * gpus / 3600, models=len(scored))
+        if failed:  # it costs as much, and tells nothing of what others will
+            self.meter.add(hours=sum(failed) * gpus / 3600, models=0)
         return answers
 
     def affordable(self) -> int | None:

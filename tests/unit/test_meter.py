@@ -40,8 +40,11 @@ def test_a_model_dearer_than_the_budget_waits_until_that_is_met_on_average(tmp_p
 
 def test_models_that_failed_cost_their_hours_and_are_no_measure_of_others(tmp_path: Path) -> None:
     meter = written(tmp_path / "m", (100.0, 0.5, 1), (200.0, 0.5, 0))
-    assert meter.affordable(3.0, 300.0) == 2
+    assert meter.affordable(3.0, 300.0) == 4
+    refused = [(200.0 + n, 1e-6, 0) for n in range(40)]  # by their configuration
+    assert written(tmp_path / "r", (100.0, 0.5, 1), *refused).affordable(3.0, 300.0) == 4
     assert written(tmp_path / "n", (100.0, 2.0, 0)).affordable(1.0, 300.0) == 0
+    assert written(tmp_path / "n", (100.0, 2.0, 0)).affordable(1.0, 200.0 + DAY) == 1
 
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_models_that_fail_use_up_the_budget(service: Service, tokenizer: Tokeniz
     failed = ModelScores(failed=Failed(model=1, error="other", reason="no memory"), seconds=1800.0)
     scorer = scored_by(service, tokenizer, good, failed)
     assert scorer.meter.total() == 1.0
-    assert scorer.meter.affordable(3.0, time.time() + 1) == 2, "what failed is time and no model"
+    assert scorer.meter.affordable(3.0, time.time() + 1) == 4, "what failed is no measure of others"
 
 
 # -- scores as files ---------------------------------------------------------------------------
