@@ -17,7 +17,7 @@ from mlflow.entities import Run
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-from ckptfuse.corpus import read_corpus
+from ckptfuse.corpus import Document, read_corpus
 from ckptfuse.params_loading import load_params
 from ckptfuse.records import PromotionRecord
 from ckptfuse.score_files import read_scores
@@ -146,15 +146,16 @@ def test_the_ledger_keeps_what_was_drawn_and_it_is_the_services_corpus(
     finished: Project, trajectory: Trajectory
 ) -> None:
     ledger = finished.workspace / "ledger"
-    assert {read_corpus(load_params(ledger / "params.yaml").corpus).digest} == set(
-        finished.records("corpus")
-    )
+    kept = read_corpus(load_params(ledger / "params.yaml").corpus)
+    assert {kept.digest} == set(finished.records("corpus"))
     sources = yaml.safe_load((ledger / "sources.yaml").read_text())
     for name, path in trajectory.corpus.items():
-        kept = (ledger / "corpus" / f"{name}.jsonl").read_bytes().splitlines()
-        assert set(kept) <= set(path.read_bytes().splitlines())
+        texts = [json.loads(line)["text"] for line in path.read_bytes().splitlines()]
+        whole = {Document.of(text).digest: text for text in texts}
+        for document in kept.domains[name]:
+            assert whole[document.digest].startswith(document.text)
         assert sources[name]["uri"] == str(path)
-        assert 0 < len(kept) <= sources[name]["distinct"]
+        assert 0 < len(kept.domains[name]) <= sources[name]["distinct"]
 
 
 def test_the_weights_of_a_fusion_take_their_disk_blocks_once(finished: Project) -> None:
