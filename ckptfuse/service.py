@@ -85,12 +85,21 @@ class Service:
 
 
 def open_service(params: Params, runner: Runner | None = None) -> Service:
-    """The trajectory of these parameters; from here on this process keeps to their ``reading``.
+    """The trajectory of these parameters, in its workspace, as ``open_in``.
+
+    Raises ConfigurationError when that is another trajectory's.
+    """
+    workspace = Workspace(Path(params.workspace), params.trajectory)
+    workspace.check_trajectory()
+    return open_in(workspace, params, runner)
+
+
+def open_in(workspace: Workspace, params: Params, runner: Runner | None = None) -> Service:
+    """What these parameters say, in any workspace; this process keeps to their ``reading``.
 
     ``runner`` carries out its scoring requests, in place of this machine.
     """
     get_rule(params.rule.name, params.rule.options)  # a wrong rule is told before any work
-    workspace = Workspace(Path(params.workspace))
     throttle.configure(params.reading.limits(), own=workspace.read_freely)
     return Service(params, workspace, runner or Here())
 

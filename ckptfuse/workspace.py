@@ -2,8 +2,8 @@
 
 records/   the only state            models/   merged weights, by fusion id
 ledger/    Git and DVC               cache/    blocks and digests, can be made again
-held/      checkpoints kept           locks/    who is at work
-tmp/       nothing that anyone needs
+held/      checkpoints kept          locks/    who is at work
+tmp/       nothing that anyone needs  trajectory  the name of the one that all of it is of
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ckptfuse.errors import ConfigurationError
+from ckptfuse.errors import ConfigurationError, MissingFile
 from ckptfuse.record_files import Records
 from ckptfuse.store import FolderStore, remove_folder
+
+_TRAJECTORY = "trajectory"
 
 
 def make_folder(folder: Path) -> Path:
@@ -32,7 +34,10 @@ def make_folder(folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
+    """``trajectory``: whose it is to be; None where one uses it in no trajectory's name."""
+
     root: Path
+    trajectory: str | None = None
 
     @property
     def read_freely(self) -> list[Path]:
@@ -42,6 +47,26 @@ class Workspace:
     @property
     def records(self) -> Records:
         return Records(FolderStore(self.folder("records")))
+
+    def check_trajectory(self) -> None:
+        """Raise ConfigurationError when another trajectory's records are here.
+
+        They say nothing of whose they are: two would be one another's windows and champions.
+        """
+        owner = self._owner()
+        if self.trajectory is not None and owner not in (None, self.trajectory):
+            raise ConfigurationError(
+                f"{self.root} is the workspace of trajectory {owner!r}, and `trajectory` is "
+                f"{self.trajectory!r}: give {self.trajectory!r} a `workspace` (or "
+                f"CKPTFUSE_WORKSPACE) of its own, or correct `trajectory`; the name of one that is "
+                "under way stays"
+            )
+
+    def _owner(self) -> str | None:
+        try:
+            return FolderStore(self.root).read(_TRAJECTORY).decode().strip()
+        except MissingFile:
+            return None
 
     def folder(self, name: str) -> Path:
         """A folder of the workspace, made if need be."""
@@ -59,7 +84,8 @@ class Workspace:
     def lock(self) -> Iterator[bool]:
         """Be the one writer; yields False, at once, when another process is.
 
-        The lock is the kernel's (flock): it ends with its process, however that ends.
+        The first writer leaves its trajectory's name; raises ConfigurationError for another's. The
+        lock is the kernel's (flock): it ends with its process, however that ends.
         """
         lock = FileLock(self.folder("locks") / "writer.lock")
         try:
@@ -68,10 +94,16 @@ class Workspace:
             yield False
             return
         try:
+            self._claim()
             self._sweep()
             yield True
         finally:
             lock.release()
+
+    def _claim(self) -> None:
+        self.check_trajectory()
+        if self.trajectory is not None and self._owner() is None:
+            FolderStore(self.root).write(_TRAJECTORY, f"{self.trajectory}\n".encode())
 
     def _sweep(self) -> None:
         """Delete what a killed writer left half made: no name that anyone was given."""

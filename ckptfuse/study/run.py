@@ -13,7 +13,7 @@ from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.layouts import read_layout
 from ckptfuse.params import Params, WindowParams
 from ckptfuse.records import CheckpointRecord
-from ckptfuse.service import Service, losses_of, open_service
+from ckptfuse.service import Service, losses_of, open_in
 from ckptfuse.steps.look import discover, load_state, next_actions, quarantine
 from ckptfuse.steps.score import score_checkpoints
 from ckptfuse.store import open_store
@@ -54,7 +54,7 @@ def run_study(
     Raises ConfigurationError when no window can be made, CkptfuseError when the workspace is at
     work elsewhere, and what scoring raises.
     """
-    service = open_service(params)
+    service = open_in(Workspace(Path(params.workspace)), params)  # its scores are any name's
     with service.workspace.lock() as mine:
         if not mine:
             raise CkptfuseError(

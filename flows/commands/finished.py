@@ -68,7 +68,7 @@ def _given(
     """Parameters of the command line over those of a file, in a file of their own."""
     from ckptfuse.given import params_given
     from ckptfuse.params_loading import keep_apart
-    from ckptfuse.workspace import make_folder
+    from ckptfuse.workspace import Workspace, make_folder
 
     base, has_file = _base(params)
     corpora = domains_of(corpus, "--corpus")
@@ -90,6 +90,7 @@ def _given(
     )  # fmt: skip
     chosen = chosen.model_copy(update={"workspace": str(root), "scoring": scoring})
     keep_apart(chosen)
+    Workspace(root, chosen.trajectory).check_trajectory()
     file = make_folder(root) / "backfill.yaml"
     file.write_text(yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False))
     for name in list(os.environ):  # what they say is in the file, unless the arguments said more

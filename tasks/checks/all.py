@@ -6,11 +6,12 @@ from pathlib import Path
 from ckptfuse.checks import Check, bucket, failed, gpu, ok, workspace
 from ckptfuse.checks.check import carried_out
 from ckptfuse.corpus.files import find_files
-from ckptfuse.errors import CkptfuseError
+from ckptfuse.errors import CkptfuseError, ConfigurationError
 from ckptfuse.params import CorpusParams, Params
 from ckptfuse.service import open_service
 
 CORPUS = "corpus"
+PARAMETERS = "parameters"
 
 
 def checks(params: Params) -> Iterator[Check]:
@@ -66,7 +67,11 @@ def _of_servers(params: Params, *, has_workspace: bool) -> Iterator[Check]:
     from tasks.deployments import GPUS
 
     yield from prefect(params.trajectory, GPUS, hands_over=params.execution == "deployments")
-    service = open_service(params)
+    try:
+        service = open_service(params)
+    except ConfigurationError as error:  # all below would be told of another's trajectory, say
+        yield failed(PARAMETERS, str(error), "correct params.yaml, or the environment")
+        return
     of_mlflow = list(registry(service))
     yield from of_mlflow
     yield from artifacts(service)

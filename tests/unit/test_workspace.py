@@ -4,7 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from ckptfuse.errors import ConfigurationError
+from ckptfuse.params import Params
 from ckptfuse.records import SkipRecord
+from ckptfuse.service import Service, open_service
 from ckptfuse.workspace import Workspace
 
 _HOLD = """
@@ -85,3 +90,35 @@ def test_records_need_no_folder_to_be_there_first(tmp_path: Path) -> None:
     assert records.all(SkipRecord) == {}
     records.put("a", SkipRecord(window="w", step=1, reason=""))
     assert (tmp_path / "new" / "records" / "skip" / "a.json").is_file()
+
+
+def opened(root: Path, trajectory: str) -> Service:
+    return open_service(Params(trajectory=trajectory, workspace=str(root)))
+
+
+def test_a_workspace_takes_the_name_of_its_first_writer_and_refuses_another(
+    tmp_path: Path,
+) -> None:
+    one, other = opened(tmp_path, "one"), opened(tmp_path, "other")
+    with opened(tmp_path, "one").workspace.lock() as mine:
+        assert mine
+    with pytest.raises(ConfigurationError, match=r"trajectory 'one', .* 'other'"):
+        opened(tmp_path, "other")
+    with pytest.raises(ConfigurationError), other.workspace.lock():
+        pytest.fail("it was opened before the first writer came")
+    with one.workspace.lock() as mine:
+        assert mine, "whoever is refused lets the lock go"
+
+
+def test_who_only_looks_leaves_no_name(tmp_path: Path) -> None:
+    opened(tmp_path / "new", "one")
+    assert not (tmp_path / "new").exists()
+    opened(tmp_path / "new", "other")
+
+
+def test_who_works_in_no_trajectorys_name_is_let_in(tmp_path: Path) -> None:
+    for workspace in (Workspace(tmp_path, "one"), Workspace(tmp_path)):
+        workspace.check_trajectory()
+        with workspace.lock() as mine:
+            assert mine
+    assert (tmp_path / "trajectory").read_text() == "one\n"
