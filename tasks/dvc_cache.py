@@ -61,13 +61,17 @@ class DvcCache:
 
         Needed are all outputs of all tags, less the weights of the tags that are ``gone``, and less
         folders whose list is not here (a ledger was lost, say): whoever brings the list brings the
-        files. Raises PublicationError, before anything is deleted, when a list cannot be read.
+        files. A tag that is not there has none: its ledger was lost, with the cache in it. Raises
+        PublicationError, before anything is deleted, when a list cannot be read.
         """
+        tags = self._ledger.tags()
+        if tag not in tags:
+            return set()
         own = weights_of(self._ledger.outputs(tag))
         if not self.object(own[1]).is_file():
             return set()  # deleted before: the list goes last
         needed = set[Path]()
-        for other in self._ledger.git("tag", "--list").split():
+        for other in tags:
             outputs = self._ledger.outputs(other)
             weights, _ = weights_of(outputs)
             for path, md5 in outputs.items():

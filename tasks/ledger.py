@@ -120,16 +120,16 @@ class Ledger:
         for lock in (*own.glob("*.lock"), *(own / "refs").rglob("*.lock")):  # of a killed git
             lock.unlink()
         self.git("symbolic-ref", "HEAD", "refs/heads/main")  # a push may have been at a tag
-        if not self._has("HEAD") and remote is not None:
+        if not self.has("HEAD") and remote is not None:
             self._take_over(remote)
-        if self._has("HEAD"):
+        if self.has("HEAD"):
             self.git("reset", "--quiet", "--hard")
-        if not self._has("HEAD:.dvc/config"):
+        if not self.has("HEAD:.dvc/config"):
             self._first_commit()
         for name in ("lock", "rwlock", "rwlock.lock"):
             (self.folder / ".dvc" / "tmp" / name).unlink(missing_ok=True)
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
         try:
             self.git("rev-parse", "--verify", "--quiet", name)
         except PublicationError:
@@ -161,6 +161,10 @@ class Ledger:
         remote = _REMOTE.format(url=dvc_remote) if dvc_remote else ""
         (self.folder / ".dvc" / "config").write_text(_SETTINGS + remote)
         (self.folder / ".gitignore").write_text(_IGNORED)
+
+    def tags(self) -> list[str]:
+        """None where there is no ledger."""
+        return self.git("tag", "--list").split() if self.is_there else []
 
     def find(self, tag: str) -> LedgerEntry | None:
         """The entry of a tag; None when it was not made yet."""

@@ -60,7 +60,7 @@ def is_kept(service: Service, published: PublicationRecord) -> bool:
 
 def _in_ledger(service: Service, tag: str) -> dict[str, Path]:
     ledger = ledger_of(service)
-    return DvcCache(ledger).model(tag) if ledger.is_there and ledger.find(tag) else {}
+    return DvcCache(ledger).model(tag) if tag in ledger.tags() else {}
 
 
 def _link(found: Mapping[str, Path], merged: FusionRecord, target: Path) -> bool:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from ckptfuse.errors import CkptfuseError, PublicationError
@@ -31,14 +32,27 @@ _PLAN, _GATE = "plan.json", "gate.json"
 
 @contextmanager
 def registry_of(service: Service) -> Iterator["Registry"]:
-    """The registry; whatever MLflow, its database or the network raise is a PublicationError."""
+    """The registry; whatever MLflow, its database, the network or a disk raise is PublicationError.
+
+    A fault of ours is not: it must not pass for a server that is down.
+    """
     try:
         require_answer(tracking_uri(service))
         yield Registry(service)
     except CkptfuseError:
         raise
     except Exception as error:
-        raise PublicationError(f"MLflow: {type(error).__name__}: {error}") from error
+        if _came_through_mlflow(error):
+            raise PublicationError(f"MLflow: {type(error).__name__}: {error}") from error
+        if isinstance(error, OSError):
+            raise PublicationError(str(error)) from error
+        raise
+
+
+def _came_through_mlflow(error: Exception) -> bool:
+    """It has no base of its own for what its stores, databases and the network raise in it."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith("mlflow.") for frame in frames)
 
 
 class Registry:

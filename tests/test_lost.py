@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from mlflow import MlflowClient
 
 from ckptfuse.digests import file_content
+from ckptfuse.errors import PublicationError
 from ckptfuse.overview import overview
 from ckptfuse.params_loading import load_params
 from ckptfuse.published import publications
@@ -23,6 +25,8 @@ from tasks.checks.published import CHAMPION, TAGS, VERSIONS, published
 from tasks.dvc_cache import DvcCache
 from tasks.merged import bring_back, is_kept
 from tasks.pipeline import weights_of
+from tasks.prune import is_pruned, prune
+from tasks.registry import registry_of
 from tasks.version import ledger_of
 from tests.conftest import Project, Trajectory, make_project
 from tests.relocating import copy_of
@@ -81,11 +85,60 @@ def test_versions_that_mlflow_lost_are_missed_and_registered_again(project: Proj
 def test_a_ledger_that_was_lost_is_missed_and_written_again(project: Project) -> None:
     shutil.rmtree(project.workspace / "ledger")
     assert seen(project) == {TAGS: "warning", VERSIONS: "ok", CHAMPION: "ok"}
+    through_it = {"tag -> commit", "commit -> its files", "commit -> dvc.lock"}
+    assert through_it < {x.name for x in verify(opened(project), "720") if x.state == "gone"}
+    assert broken(project, "720") == []
     versions = project.versions()
     publish_again(project)
     assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
     assert project.versions() == versions, "none was registered twice"
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_retention_goes_on_without_the_ledger_that_was_lost(
+    project: Project, begun_anew: bool
+) -> None:
+    """As if the fusion of step 600 had never been champion: nothing but the policy holds it."""
+    for path in (project.workspace / "records" / "promotion").glob("*.json"):
+        values = json.loads(path.read_text())
+        path.write_text(json.dumps({**values, "promoted": values["step"] != 600}))
+    shutil.rmtree(project.workspace / "ledger")
+    if begun_anew:
+        ledger_of(opened(project)).prepare(None)
+    params = Path(project.params_file)
+    policy = {"retention": {"last": 1}}
+    params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), **policy}))
+    assert not is_pruned(opened(project))
+    prune.fn(opened(project))
+    assert [version for version, _ in project.versions()] == ["2"]
+    assert is_pruned(opened(project))
+    assert {x.state for x in verify(opened(project), "720")} == {"holds", "gone"}
+
+
+def test_what_stands_in_the_way_of_retention_is_run_into_once_an_hour(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = Path(project.params_file)
+    slip = {"retention": {"last": 1, "keep": ["1700"]}}
+    params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), **slip}))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert not is_pruned(opened(project))
+    prune.fn(opened(project))
+    assert is_pruned(opened(project))
+    now += 3600
+    assert not is_pruned(opened(project))
+
+
+def test_a_fault_of_ours_does_not_pass_for_mlflows(project: Project) -> None:
+    service = opened(project)
+    with pytest.raises(PublicationError, match="MLflow: Mlflow"), registry_of(service) as registry:
+        registry.client.get_run("none")
+    with pytest.raises(PublicationError, match="directory: 'none'"), registry_of(service):
+        Path("none").read_bytes()
+    with pytest.raises(KeyError), registry_of(service):
+        raise KeyError("none")
 
 
 def test_what_does_not_answer_is_unchecked_and_not_broken(project: Project, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Links through Git and DVC: the tag, its commit, what dvc.lock names, and the cache's bytes."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,14 @@ from ckptfuse.digests import digest, file_content
 from ckptfuse.merge.companions import PROVENANCE
 from ckptfuse.records import CheckpointRecord, ScoreRecord
 from ckptfuse.score_files import read_scores
-from tasks.chain.evidence import Evidence, broken, require_contents, require_same, sizes
+from tasks.chain.evidence import (
+    Evidence,
+    Gone,
+    broken,
+    require_contents,
+    require_same,
+    sizes,
+)
 from tasks.chain.in_registry import RegistryLinks
 from tasks.dvc_cache import DvcCache, md5_of
 from tasks.ledger_files import SCORES
@@ -28,22 +36,32 @@ class LedgerLinks:
         self.ledger = ledger_of(evidence.service)
         self.cache = DvcCache(self.ledger)
 
+    @cached_property
+    def _commit(self) -> str:
+        """As it was published; raises Gone when the ledger was lost since, or begun anew."""
+        published = self.evidence.published
+        if not self.ledger.is_there:
+            raise Gone(f"there is no ledger at {self.ledger.folder} any more")
+        has_commit = self.ledger.has(f"{published.commit}^{{commit}}")
+        if not has_commit and published.tag not in self.ledger.tags():
+            raise Gone(f"the ledger was begun anew, without {published.tag}")
+        return published.commit
+
     def tag(self) -> str:
         """It is where the publication record says."""
-        published = self.evidence.published
+        published, commit = self.evidence.published, self._commit
         entry = self.ledger.find(published.tag)
         if entry is None:
             broken(f"the ledger has no tag {published.tag}")
-        if entry.commit != published.commit:
+        if entry.commit != commit:
             broken(
-                f"the tag {entry.tag} is at commit {entry.commit[:12]}, published was "
-                f"{published.commit[:12]}"
+                f"the tag {entry.tag} is at commit {entry.commit[:12]}, published was {commit[:12]}"
             )
         return f"{entry.tag} is commit {entry.commit[:12]}"
 
     def commit(self) -> str:
         """Git's own chain: every object has the name that its bytes give."""
-        commit = self.evidence.published.commit
+        commit = self._commit
         self.ledger.git("fsck", "--no-dangling", "--no-progress")
         self.ledger.git("merge-base", "--is-ancestor", commit, "main")
         return f"{commit[:12]} is in main, and all Git objects have the names of their bytes"
@@ -51,7 +69,7 @@ class LedgerLinks:
     def window(self) -> str:
         """window.yaml has the checkpoints, weights and losses of the records."""
         evidence, published = self.evidence, self.evidence.published
-        text = self.ledger.git("show", f"{published.commit}:window.yaml")
+        text = self.ledger.git("show", f"{self._commit}:window.yaml")
         pinned = _flat(parse_window_file(text, f"window.yaml at {published.tag}"))
         recorded = _flat(WindowFile.of(evidence.plan, evidence.gate))
         require_same(recorded, pinned, "what window.yaml and the records say")
@@ -64,7 +82,7 @@ class LedgerLinks:
     def lock(self) -> str:
         """dvc.lock names the weights that were published."""
         published = self.evidence.published
-        path, found = weights_of(self.ledger.outputs(published.commit))
+        path, found = weights_of(self.ledger.outputs(self._commit))
         if found != published.weights_hash:
             broken(f"dvc.lock says {found}, published was {published.weights_hash}")
         return f"weights {found} ({path})"
@@ -84,7 +102,7 @@ class LedgerLinks:
         return f"{count} objects, {size / 1e6:.1f} MB, have the hashes of their names{without}"
 
     def _outputs(self) -> dict[str, str]:
-        found = self.ledger.outputs(self.evidence.published.commit)
+        found = self.ledger.outputs(self._commit)
         if self.evidence.retired is not None:
             del found[weights_of(found)[0]]
         return found
@@ -126,7 +144,7 @@ class LedgerLinks:
     def _weights(self) -> tuple[dict[str, Any], dict[str, Path]]:
         """fusion.json as DVC's cache has it, and the files of the weights where they are."""
         md5 = self.evidence.published.weights_hash
-        path, _ = weights_of(self.ledger.outputs(self.evidence.published.commit))
+        path, _ = weights_of(self.ledger.outputs(self._commit))
         if path == str(MANIFEST):
             return json.loads(self.cache.object(md5).read_bytes()), self.registered.files
         files = self.cache.files(path, md5)

@@ -28,7 +28,7 @@ def published(service: Service, *, in_mlflow: bool) -> Iterator[Check]:
     retired = service.records.all(RetirementRecord)
     kept = [record for record in known if record.fusion not in retired]
     if known:
-        yield _all_there(TAGS, {r.tag: r.tag for r in known}, lambda: _tags(service))
+        yield _all_there(TAGS, {r.tag: r.tag for r in known}, ledger_of(service).tags)
     if kept and in_mlflow:
         versions = _all_there(
             VERSIONS, {r.tag: r.fusion for r in kept}, lambda: _registered(service)
@@ -58,11 +58,6 @@ def _all_there(name: str, wanted: Mapping[str, str], find: Callable[[], Collecti
         return ok(name, f"all {len(wanted)} that the records name are there")
     shown = ", ".join(lost[-_SHOWN:])
     return warning(name, f"{len(lost)} of {len(wanted)} are gone, last of them {shown}", _MEND)
-
-
-def _tags(service: Service) -> list[str]:
-    ledger = ledger_of(service)
-    return ledger.git("tag", "--list").split() if ledger.is_there else []
 
 
 def _registered(service: Service) -> set[str]:
