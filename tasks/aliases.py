@@ -5,6 +5,7 @@ the next promotion, or the next look.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -51,14 +52,24 @@ def promote(
 
 
 def rollback(service: Service, *, by: str, reason: str) -> PromotionRecord:
-    """Return to the champion before; one that was killed before the alias moved is finished first.
+    """Return to the champion before, or finish the rollback that was killed before the alias moved.
 
-    Raises ConfigurationError when there was none before, PublicationError as ``promote`` does.
+    An alias that is elsewhere for another reason (MLflow was restored from a backup, say) is no
+    sign of such a one. Raises ConfigurationError when there was no champion before,
+    PublicationError as ``promote`` does.
     """
     with registry_of(service) as registry:
         present = champion(service)
-        if follow_champion(service, registry) and present is not None and present.undoes:
-            return present
+        is_followed = present is None or _is_followed(service, present)
+        if follow_champion(service, registry) and present is not None:
+            if present.undoes is not None and not is_followed:
+                log.warning(
+                    "the rollback of before (decision %d by %s: %s) was not finished: it is now, "
+                    "and nothing else is taken back. `ckptfuse rollback` again goes further",
+                    present.number, present.by, present.reason,
+                )  # fmt: skip
+                return present
+            log.warning("the alias champion was not where the records have it; it is set by them")
         target = find_publication(service, rollback_target(service))
         check_loadable(service, registry, target)
         record = rollback_by_hand(service, target, by=by, reason=reason)
@@ -102,6 +113,34 @@ def follow_champion(service: Service, registry: Registry) -> bool:
     return behind
 
 
+def _is_followed(service: Service, present: PromotionRecord) -> bool:
+    """Whether the alias was once seen where this decision wants it."""
+    return is_marked(service, _MARK, str(present.number))
+
+
+@dataclass(frozen=True, slots=True)
+class Astray:
+    """An alias that is not where the records have it; ``found``: the fusion it points to."""
+
+    found: str | None
+    champion: PromotionRecord
+
+    def __str__(self) -> str:
+        name = self.champion.fusion[:12]
+        return (
+            f"the alias {CHAMPION} points to {self.found[:12] if self.found else 'no fusion'}, and "
+            f"the champion by the records is {name} of step {self.champion.step}; `ckptfuse "
+            f"promote {name}` moves it there"
+        )
+
+
+def astray(service: Service, registry: Registry) -> Astray | None:
+    """None where consumers are sent to the champion of the records, or there is none yet."""
+    present = champion(service)
+    found = registry.aliased().get(CHAMPION)
+    return None if present is None or found == present.fusion else Astray(found, present)
+
+
 def tell(service: Service, step: int, version: str, promotion: PromotionRecord | None) -> None:
     """What was decided on it, now or, of one that is published again, before."""
     if promotion is None:
@@ -122,7 +161,7 @@ def is_settled(service: Service) -> bool:
     answers = service.records.keys(VetoRecord)
     if waiting(service) and not is_marked(service, _WAITING, _heard(service, answers)):
         return False
-    return present is None or is_marked(service, _MARK, str(present.number))
+    return present is None or _is_followed(service, present)
 
 
 def _heard(service: Service, answers: Iterable[str]) -> str:
@@ -153,7 +192,7 @@ def settle_champion(service: Service) -> list[PromotionRecord]:
     if waiting(service):
         mark(service, _WAITING, _heard(service, answers))
     present = champion(service)
-    if present is None or is_marked(service, _MARK, str(present.number)):
+    if present is None or _is_followed(service, present):
         return settled  # without loading MLflow
     try:
         with registry_of(service) as registry:

@@ -21,7 +21,7 @@ from flows.watch import watch
 from infra.native.postgres import free_port
 from tasks import retention
 from tasks.chain import verify
-from tasks.checks.published import CHAMPION, TAGS, VERSIONS, published
+from tasks.checks.published import ALIAS, CHAMPION, TAGS, VERSIONS, published
 from tasks.dvc_cache import DvcCache
 from tasks.merged import bring_back, is_kept
 from tasks.pipeline import weights_of
@@ -75,22 +75,40 @@ def test_versions_that_mlflow_lost_are_missed_and_registered_again(project: Proj
     assert f"warning  versions in MLflow: 2 of 2 are gone, last of them {before[0].tag}" in said
     assert not (project.workspace / "mlflow.db").exists(), "the doctor makes nothing"
     publish_again(project)
-    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", ALIAS: "ok", CHAMPION: "ok"}
     after = publications(opened(project))
     assert [record.fusion for record in after] == [record.fusion for record in before]
     assert project.aliases() == {"candidate": "2", "champion": "2"}
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
 
 
+def test_an_alias_that_a_restored_backup_brings_back_is_told_with_how_to_mend_it(
+    project: Project,
+) -> None:
+    first, second = publications(opened(project))
+    client = MlflowClient(project.mlflow_uri, project.mlflow_uri)
+    client.set_registered_model_alias("trial", "champion", first.version)
+    (told,) = (c for c in published(opened(project), in_mlflow=True) if c.name == ALIAS)
+    assert told.state == "warning"
+    assert told.said == (
+        f"the alias champion points to {first.fusion[:12]}, and the champion by the records is "
+        f"{second.fusion[:12]} of step 720; `ckptfuse promote {second.fusion[:12]}` moves it there"
+    )
+    assert [broken(project, name) for name in ("600", "720")] == [["alias -> records"]] * 2
+    project.cli("promote", second.fusion[:12])
+    assert seen(project)[ALIAS] == "ok"
+    assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
 def test_a_ledger_that_was_lost_is_missed_and_written_again(project: Project) -> None:
     shutil.rmtree(project.workspace / "ledger")
-    assert seen(project) == {TAGS: "warning", VERSIONS: "ok", CHAMPION: "ok"}
+    assert seen(project) == {TAGS: "warning", VERSIONS: "ok", ALIAS: "ok", CHAMPION: "ok"}
     through_it = {"tag -> commit", "commit -> its files", "commit -> dvc.lock"}
     assert through_it < {x.name for x in verify(opened(project), "720") if x.state == "gone"}
     assert broken(project, "720") == []
     versions = project.versions()
     publish_again(project)
-    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", ALIAS: "ok", CHAMPION: "ok"}
     assert project.versions() == versions, "none was registered twice"
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
 
@@ -165,7 +183,7 @@ def test_a_version_that_lost_its_weights_gets_them_again(project: Project) -> No
     assert "failed   files of the champion: version 2 (step-720-" in said
     assert "model.safetensors is not there at its" in said
     publish_again(project)
-    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "ok"}
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", ALIAS: "ok", CHAMPION: "ok"}
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
 
 
@@ -237,7 +255,7 @@ def test_a_champion_that_is_not_published_yet_fails_its_check_and_no_more(
 ) -> None:
     _, second = publications(opened(project))
     (project.workspace / "records" / "publication" / f"{second.window}.json").unlink()
-    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", CHAMPION: "failed"}
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", ALIAS: "ok", CHAMPION: "failed"}
 
 
 def test_a_bucket_may_move_and_a_gate_may_change_and_the_chain_holds(

@@ -230,9 +230,28 @@ def test_a_rollback_that_was_killed_is_finished_by_the_next_and_not_done_twice(
 ) -> None:
     service = opened(project)
     rollback_by_hand(service, of_step(project, 600), **BY_HAND)
-    assert run(project, "rollback").exit_code == 0
+    done = run(project, "rollback")
+    assert done.exit_code == 0
+    assert "the rollback of before (decision 3 by someone@somewhere: because)" in done.stderr
     assert project.aliases()["champion"] == "1"
     assert len(project.records("promotion")) == 3
+
+
+def test_a_rollback_is_one_though_a_backup_of_mlflow_had_brought_the_alias_elsewhere(
+    project: Project,
+) -> None:
+    run(project, "promote", "600")
+    run(project, "promote", "720")
+    for version in ("1", "2"):
+        run(project, "rollback")
+        assert project.aliases()["champion"] == version
+    client = MlflowClient(tracking_uri=project.mlflow_uri, registry_uri=project.mlflow_uri)
+    client.set_registered_model_alias("trial", "champion", "1")
+    done = run(project, "rollback")
+    assert "the alias champion was not where the records have it" in done.stderr
+    assert project.aliases()["champion"] == "1"
+    undone = [r["undoes"] for r in project.records("promotion").values() if r["undoes"]]
+    assert len(undone) == 3
 
 
 def test_what_was_never_published_or_would_not_load_is_not_promoted(project: Project) -> None:

@@ -84,6 +84,7 @@ def _links(
     evidence: Evidence, registered: RegistryLinks, committed: LedgerLinks
 ) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "version -> records", registered.version
+    yield "alias -> records", registered.alias
     yield "run -> records", registered.run
     yield "tag -> commit", committed.tag
     yield "commit -> its files", committed.commit

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ckptfuse.digests import file_content
+from ckptfuse.promotion import champion
 from ckptfuse.records import GateRecord, PlanRecord, Record
+from tasks.aliases import CHAMPION, astray
 from tasks.chain.evidence import (
     Evidence,
     Gone,
@@ -38,6 +40,17 @@ class RegistryLinks:
         held = {tag: value for tag, value in expected.items() if tag in found}
         require_same(found, held, "what the version's tags and the records say")
         return f"{published.model_name} version {published.version} has the tags of the records"
+
+    def alias(self) -> str:
+        """Consumers are sent to it if it is the champion, and only then."""
+        service, own = self.evidence.service, self.evidence.published.fusion
+        found = astray(service, self.registry)
+        if found is not None and own in (found.found, found.champion.fusion):
+            broken(str(found))
+        present = champion(service)
+        if present is None or present.fusion != own:
+            return f"it is not the champion, and has not the alias {CHAMPION}"
+        return f"it is the champion, and has the alias {CHAMPION}"
 
     def run(self) -> str:
         """The plan and the verdict are those of the time when the version was made."""

@@ -1,4 +1,4 @@
-"""What was published: is it still in the ledger, and in MLflow?"""
+"""What was published: is it still in the ledger, and in MLflow, and is the champion the same?"""
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,13 +11,13 @@ from ckptfuse.promotion import champion
 from ckptfuse.published import find_publication, publications
 from ckptfuse.records import RetirementRecord
 from ckptfuse.service import Service
-from tasks.aliases import check_loadable
+from tasks.aliases import astray, check_loadable
 from tasks.registry import FUSION_TAG, registry_of
 from tasks.tracking import tracking_uri
 from tasks.version import ledger_of
 
 TAGS, VERSIONS = "tags of the ledger", "versions in MLflow"
-CHAMPION = "files of the champion"
+ALIAS, CHAMPION = "alias of the champion", "files of the champion"
 _MEND = 'docs/operations.md, "When something is lost", tells how it comes back'
 _SHOWN = 3
 
@@ -35,7 +35,16 @@ def published(service: Service, *, in_mlflow: bool) -> Iterator[Check]:
         )
         yield versions
         if versions.state == "ok" and (present := champion(service)) is not None:
+            yield carried_out(ALIAS, lambda: _followed(service), _MEND)
             yield carried_out(CHAMPION, lambda: _loads(service, present.fusion), _MEND)
+
+
+def _followed(service: Service) -> Check:
+    with registry_of(service) as registry:
+        found = astray(service, registry)
+    if found is None:
+        return ok(ALIAS, "it is where the records have it")
+    return warning(ALIAS, str(found), "or promote the one that it points to, if that is to stay")
 
 
 def _loads(service: Service, fusion: str) -> Check:
