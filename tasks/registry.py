@@ -28,6 +28,7 @@ _ROLE_TAG = "ckptfuse.role"
 _PARENT_TAG = "mlflow.parentRunId"
 _RUN_NAME_TAG = "mlflow.runName"
 _PLAN, _GATE = "plan.json", "gate.json"
+_NO_MODEL = "its logged model was deleted in MLflow"
 
 
 @contextmanager
@@ -119,6 +120,10 @@ class Registry:
         """The fusion's model version, with everything in place; the one that is there if so."""
         tags = version_tags(decided, verdict, entry)
         found = self.find_version(decided.fusion)
+        if found is not None and self._location(self.version(found)) is None:
+            log.warning("version %s lost its logged model; another takes its place", found)
+            self.client.delete_model_version(self.name, found)
+            found = None
         if found is not None:
             self._bring_up(found, tags)
             self._complete(found, decided.fusion)
@@ -150,9 +155,10 @@ class Registry:
         """Files that somebody deleted from the artifact store."""
         merged = self.service.records.get(FusionRecord, fusion)
         lacking = None if merged is None else self.missing(version, merged.sizes)
-        if lacking is not None:
+        location = self._location(self.version(version))
+        if lacking is not None and location is not None:
             log.warning("version %s lacks files, which are stored again: %s", version, lacking)
-            self._store_files(fusion, self._location(self.version(version)))
+            self._store_files(fusion, location)
 
     def find_version(self, fusion: str) -> str | None:
         versions = self.client.search_model_versions(
@@ -185,15 +191,25 @@ class Registry:
         found = self.version(version)
         if found is None:
             return "it is not registered any more"
-        sizes = artifacts.weight_sizes(self._location(found))
+        location = self._location(found)
+        if location is None:
+            return _NO_MODEL
+        sizes = artifacts.weight_sizes(location)
         for path, size in files.items():
             if sizes.get(path) != size:
                 return f"its file {path} is not there at its {size:,} bytes"
         return None
 
-    def _location(self, version: Any) -> str:
-        """Where the packaged model of a version lies."""
-        model = self.client.get_logged_model(str(version.source).removeprefix("models:/"))
+    def _location(self, version: Any) -> str | None:
+        """Where the packaged model of a version lies; None when somebody deleted it in MLflow."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            model = self.client.get_logged_model(str(version.source).removeprefix("models:/"))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
         return str(model.artifact_location)
 
     def fusion_records(self, fusion: str) -> tuple[object, object] | None:
@@ -215,6 +231,8 @@ class Registry:
         from mlflow.artifacts import download_artifacts
 
         location = self._location(version)
+        if location is None:
+            raise PublicationError(f"version {version.version} of {self.name}: {_NO_MODEL}")
         folder = local_folder(location)
         if folder is not None:
             yield folder / MODEL_FOLDER

@@ -187,6 +187,22 @@ def test_a_version_that_lost_its_weights_gets_them_again(project: Project) -> No
     assert [broken(project, name) for name in ("600", "720")] == [[], []]
 
 
+def test_a_version_whose_logged_model_was_deleted_would_not_load_and_is_replaced(
+    project: Project,
+) -> None:
+    client = MlflowClient(project.mlflow_uri, project.mlflow_uri)
+    source = str(client.get_model_version("trial", "2").source)
+    client.delete_logged_model(source.removeprefix("models:/"))
+    said = project.cli("doctor", status=1).stdout
+    assert "failed   files of the champion: version 2 (step-720-" in said
+    assert "would not load: its logged model was deleted in MLflow" in said
+    assert broken(project, "720") == ["version -> fusion.json"]
+    publish_again(project)
+    assert seen(project) == {TAGS: "ok", VERSIONS: "ok", ALIAS: "ok", CHAMPION: "ok"}
+    assert project.aliases() == {"candidate": "3", "champion": "3"}
+    assert [broken(project, name) for name in ("600", "720")] == [[], []]
+
+
 def test_weights_come_back_from_the_ledger_or_else_the_registry_or_not_at_all(
     project: Project,
 ) -> None:
