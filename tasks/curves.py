@@ -56,24 +56,31 @@ def draw_curves(registry: Registry) -> None:
 
 
 def _logged(registry: Registry, run: str) -> Logged:
-    """What the run has: as remembered in ``cache/``, or asked of MLflow metric by metric."""
+    """What the run has: as remembered in ``cache/``, or asked of MLflow metric by metric.
+
+    Its newest values tell whether it has what is remembered: MLflow may have been restored from a
+    backup, which has fewer.
+    """
+    client = registry.client
+    newest = client.get_run(run).data.metrics
     try:
         remembered = json.loads(_memory(registry).read_text())
-        if remembered["run"] == run:
+        if remembered["run"] == run and remembered["newest"] == newest:
             places = remembered["logged"].items()
             return {name: {(step, at) for step, at in found} for name, found in places}
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         pass  # nothing there, or cut off by a kill
-    client = registry.client
     return {
         name: {(one.step, one.timestamp) for one in client.get_metric_history(run, name)}
-        for name in client.get_run(run).data.metrics
+        for name in newest
     }
 
 
 def _remember(registry: Registry, run: str, logged: Logged) -> None:
     places = {name: sorted(found) for name, found in logged.items()}
-    _memory(registry).write_text(json.dumps({"run": run, "logged": places}))
+    newest = registry.client.get_run(run).data.metrics
+    remembered = {"run": run, "newest": newest, "logged": places}
+    _memory(registry).write_text(json.dumps(remembered))
 
 
 def _memory(registry: Registry) -> Path:

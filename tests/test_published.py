@@ -4,6 +4,7 @@ All on copies of one finished project (tests/relocating.py), in this process.
 """
 
 import json
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -356,25 +357,41 @@ def test_a_retirement_that_was_killed_is_finished_by_the_next(replaceable: Proje
 # -- curves --------------------------------------------------------------------------------------
 
 
+def drawn(project: Project) -> dict[str, list[int]]:
+    """The steps of each metric, once the curves are drawn."""
+    with registry_of(opened(project)) as registry:
+        draw_curves(registry)
+        client, run = registry.client, registry.curves_run()
+        return {
+            name: [point.step for point in client.get_metric_history(run, name)]
+            for name in client.get_run(run).data.metrics
+        }
+
+
 def test_curves_that_are_drawn_again_add_no_point_whatever_became_of_the_memory(
     project: Project,
 ) -> None:
     memory = project.workspace / "cache" / "curves.json"
 
-    def drawn() -> dict[str, list[int]]:
-        with registry_of(opened(project)) as registry:
-            draw_curves(registry)
-            client, run = registry.client, registry.curves_run()
-            return {
-                name: [point.step for point in client.get_metric_history(run, name)]
-                for name in client.get_run(run).data.metrics
-            }
-
-    found = drawn()
+    found = drawn(project)
     assert found["loss.raw"] == [420, 480, 540, 600, 660, 720]
     assert all(len(set(steps)) == len(steps) for steps in found.values())
     memory.write_text(memory.read_text()[:100])
-    assert drawn() == found
+    assert drawn(project) == found
     memory.unlink()
-    assert drawn() == found
+    assert drawn(project) == found
     assert set(json.loads(memory.read_text())["logged"]) == found.keys()
+
+
+def test_points_that_a_restored_backup_of_mlflow_lacks_are_logged_again(project: Project) -> None:
+    found = drawn(project)
+    with sqlite3.connect(project.workspace / "mlflow.db") as backup:
+        backup.execute("DELETE FROM metrics WHERE step > 600")
+        backup.execute("DELETE FROM latest_metrics")
+        columns = "key, value, timestamp, is_nan, run_uuid, step"
+        backup.execute(
+            f"INSERT INTO latest_metrics ({columns}) SELECT {columns.replace('step', 'max(step)')} "
+            "FROM metrics GROUP BY run_uuid, key"
+        )
+    backup.close()
+    assert drawn(project) == found
