@@ -11,6 +11,7 @@ Files that the service computed elsewhere are laid in place and taken over with 
 that ``dvc repro`` at the tag finds nothing to do, and makes the same bytes when forced.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -50,6 +51,8 @@ _SETTINGS = """[cache]
     analytics = false
     autostage = false
 """
+#: All that `tag_of` names: what a remote lacks of them goes with each push.
+_TAGS = "refs/tags/step-*:refs/tags/step-*"
 _REMOTE = """    remote = storage
 ['remote "storage"']
     url = "{url}"
@@ -219,12 +222,45 @@ class Ledger:
     def _push(self, params: LedgerParams, entry: LedgerEntry) -> None:
         """Data first: a commit that others see is one whose data they can pull."""
         if params.dvc_remote:
-            if self.git("rev-parse", "HEAD") != entry.commit:  # DVC pushes what is checked out
-                self.git("checkout", "--quiet", "--detach", entry.commit)
-            self._configure(params.dvc_remote)
-            self.dvc("push")
+            self._push_earlier(params.dvc_remote, entry)
+            self._push_data(params.dvc_remote, entry.tag)
         if params.remote:
-            self.git("push", "--quiet", "--atomic", params.remote, "main", entry.tag)
+            self.git("push", "--quiet", "--atomic", params.remote, "main", _TAGS)
+
+    def _push_earlier(self, remote: str, entry: LedgerEntry) -> None:
+        """The data of fusions that were published before there was this remote."""
+        known = {*self._pushed().get(remote, ()), entry.tag}
+        late = [t for t in self.tags() if t not in known and self.has(f"{t}:dvc.lock")]
+        if late:
+            log.info("the data of %d earlier fusions is pushed to %s too", len(late), remote)
+        try:
+            for tag in late:
+                self._push_data(remote, tag)
+        except PublicationError as error:  # of an earlier one, which holds up no other
+            log.warning("it goes on with the next publication: %s", error)
+
+    def _push_data(self, remote: str, tag: str) -> None:
+        """Push what DVC holds of a fusion, and remember that: DVC asks for each file anew."""
+        if self.git("rev-parse", "HEAD") != self.git("rev-list", "-n", "1", tag):
+            self.git("checkout", "--quiet", "--force", "--detach", tag)  # it pushes only this
+        self._configure(remote)
+        self.dvc("push")
+        pushed = self._pushed()
+        pushed[remote] = sorted({*pushed.get(remote, ()), tag})
+        self._memory.parent.mkdir(parents=True, exist_ok=True)
+        self._memory.write_text(json.dumps(pushed))
+
+    def _pushed(self) -> dict[str, list[str]]:
+        """DVC remote -> tags whose data is there; where that is forgotten, all is pushed again."""
+        try:
+            found: dict[str, list[str]] = json.loads(self._memory.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found
+
+    @property
+    def _memory(self) -> Path:
+        return self.folder / ".dvc" / "tmp" / "pushed.json"
 
     def _lay_out(self, service: Service, decided: PlanRecord, verdict: GateRecord) -> None:
         (self.folder / "dvc.yaml").write_text(pipeline(service.params.versions))

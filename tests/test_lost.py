@@ -21,6 +21,7 @@ from flows.watch import watch
 from infra.native.postgres import free_port
 from tasks import retention
 from tasks.chain import verify
+from tasks.checks.ledger import PUSHED, ledger
 from tasks.checks.published import ALIAS, CHAMPION, TAGS, VERSIONS, published
 from tasks.dvc_cache import DvcCache
 from tasks.merged import bring_back, is_kept
@@ -157,6 +158,20 @@ def test_a_fault_of_ours_does_not_pass_for_mlflows(project: Project) -> None:
         Path("none").read_bytes()
     with pytest.raises(KeyError), registry_of(service):
         raise KeyError("none")
+
+
+def test_tags_that_a_git_remote_has_not_got_yet_are_told(project: Project, tmp_path: Path) -> None:
+    remote = tmp_path / "remote.git"
+    subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)
+    params = Path(project.params_file)
+    later = {"ledger": {"remote": str(remote)}}
+    params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), **later}))
+    (told,) = (check for check in ledger(opened(project)) if check.name == PUSHED)
+    assert told.state == "warning"
+    assert told.said.startswith("2 of 2 are not there, last of them step-720-")
+    project.git("push", "--quiet", "--tags", str(remote), "main")
+    (told,) = (check for check in ledger(opened(project)) if check.name == PUSHED)
+    assert told.state == "ok"
 
 
 def test_what_does_not_answer_is_unchecked_and_not_broken(project: Project, tmp_path: Path) -> None:

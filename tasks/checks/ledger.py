@@ -15,11 +15,13 @@ from packaging.version import Version
 
 from ckptfuse.checks import Check, failed, ok, warning
 from ckptfuse.checks.probe import written
+from ckptfuse.published import publications
 from ckptfuse.service import Service
 from tasks.ledger import Ledger
 from tasks.version import ledger_of
 
 GIT, DVC, GIT_REMOTE, DVC_REMOTE = "Git", "DVC", "Git remote", "DVC remote"
+PUSHED = "tags of the Git remote"
 #: git init --initial-branch
 OLDEST_GIT = Version("2.28")
 _TIMEOUT = 30.0
@@ -27,7 +29,10 @@ _TIMEOUT = 30.0
 
 def ledger(service: Service) -> Iterator[Check]:
     yield _git()
-    yield _git_remote(service)
+    takes = _git_remote(service)
+    yield takes
+    if service.params.ledger.remote is not None and takes.state == "ok":
+        yield from _pushed(service, service.params.ledger.remote)
     yield _dvc()
     yield _dvc_remote(service.params.ledger.dvc_remote)
 
@@ -75,6 +80,21 @@ def _to_push(ledger: Ledger) -> Iterator[tuple[Path, str]]:
         probe.git("init", "--quiet", "--initial-branch=main")
         probe.git("commit", "--quiet", "--allow-empty", "--message", "probe")
         yield probe.folder, f"main:refs/heads/ckptfuse-doctor-{uuid.uuid4().hex}"
+
+
+def _pushed(service: Service, remote: str) -> Iterator[Check]:
+    """Once something is published: has the remote its tags?"""
+    tags = [record.tag for record in publications(service)]
+    if not tags:
+        return
+    done = _run(["git", "ls-remote", "--tags", "--", remote])
+    there = {line.rpartition("refs/tags/")[2] for line in done.stdout.splitlines()}
+    lost = [tag for tag in tags if tag not in there]
+    if not lost:
+        yield ok(PUSHED, f"all {len(tags)} that the records name are there")
+        return
+    said = f"{len(lost)} of {len(tags)} are not there, last of them {lost[-1]}"
+    yield warning(PUSHED, said, "the next publication pushes all that the ledger has")
 
 
 def _dvc() -> Check:

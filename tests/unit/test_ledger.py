@@ -73,3 +73,40 @@ def test_a_push_that_is_refused_leaves_no_tag_behind(tmp_path: Path) -> None:
     with pytest.raises(PublicationError, match="rejected"):
         ledger._push(LedgerParams(remote=str(remote)), entry)
     assert ledger.git("ls-remote", "--tags", str(remote)) == ""
+
+
+def publish(ledger: Ledger, name: str, params: LedgerParams) -> LedgerEntry:
+    """As ``Ledger.enter`` does with a fusion; here one of a single file."""
+    ledger.prepare(params.remote)
+    ledger._configure(params.dvc_remote)
+    for path, text in (("model", name), ("corpus", "text")):
+        (ledger.folder / path).unlink(missing_ok=True)  # a link into the cache
+        (ledger.folder / path).write_text(text)
+    ledger.dvc("add", "corpus")
+    (ledger.folder / "dvc.yaml").write_text("stages: {fuse: {cmd: 'true', outs: [model]}}")
+    ledger.dvc("commit", "--force")
+    ledger._add()
+    ledger.git("commit", "--quiet", "--message", name)
+    ledger.git("tag", "--annotate", name, "--message", name)
+    entry = ledger.find(name)
+    assert entry is not None
+    ledger._push(params, entry)
+    return entry
+
+
+def test_remotes_that_are_set_later_get_what_was_published_before(tmp_path: Path) -> None:
+    remote, store = tmp_path / "remote.git", tmp_path / "store"
+    subprocess.run(["git", "init", "--quiet", "--bare", remote], check=True)
+    ledger = Ledger(tmp_path / "ledger")
+    entries = [publish(ledger, name, LedgerParams()) for name in ("step-1", "step-2")]
+    ledger.git("tag", "a-persons", "main~2")  # of no fusion
+    later = LedgerParams(remote=str(remote), dvc_remote=str(store))
+    entries.append(publish(ledger, "step-3", later))
+    there = ledger.git("ls-remote", "--tags", "--refs", str(remote)).split()[1::2]
+    assert there == [f"refs/tags/{n}" for n in ("step-1", "step-2", "step-3")]
+    places = [store / "files" / "md5" / e.weights_hash[:2] / e.weights_hash[2:] for e in entries]
+    assert [place.read_text() for place in places] == ["step-1", "step-2", "step-3"]
+    assert (ledger.folder / "model").read_text() == "step-3"
+    places[0].unlink()
+    publish(ledger, "step-4", later)
+    assert not places[0].exists(), "what was pushed once is not asked for again"
