@@ -2,7 +2,8 @@
 
 Zombies: a worker that was killed leaves its run RUNNING for good. A run that sends no heartbeat any
 more is called crashed, and whoever handed it over tries again. The open-source server does not do
-that unless it is told to.
+that unless it is told to. One that was down for so long takes runs for dead that are at work: a
+second attempt to score waits for what the first finds (flows/score.py).
 
 News: one message for each thing that a person wants to hear of, through any service that Apprise
 knows.

@@ -16,9 +16,10 @@ def score(params_file: str, request: str) -> None:
     """
     service = open_flow(params_file)
     handed = Handed(service.workspace.folder("cache"))
-    if handed.answer(request) is not None:
-        log.info("answered before; nothing done")
-        return
     asked = handed.asked(request)
-    answer = score_for_others(asked, service.params.scoring.gpus_per_job, names_of(asked))
-    handed.give(request, answer)
+    with handed.alone(request):  # before a GPU is taken
+        if handed.answer(request) is not None:
+            log.info("answered by another run; nothing done")
+            return
+        answer = score_for_others(asked, service.params.scoring.gpus_per_job, names_of(asked))
+        handed.give(request, answer)

@@ -12,9 +12,11 @@ the next one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from ckptfuse.devices import visible_gpus
@@ -24,12 +26,14 @@ from ckptfuse.jobs import Here, ModelScores
 from ckptfuse.protocol import CheckpointModel, Event, Failed, MergeModel, Model, Request
 from ckptfuse.store import FolderStore, remove_folder
 from tasks.deployments import Attempts, Piece, hand_over
+from tasks.log import log
 
 #: The flow of the deployment; its name is the trajectory's.
 SCORE = "score"
 #: A backlog, and how many of its checkpoints share a run. Counted from the oldest: those that
 #: come while it is worked off change nothing of what was handed over before.
 BACKLOG, TOGETHER = 16, 8
+_PAUSE = 1.0  # seconds between two looks whether another run has ended
 _ANSWER: TypeAdapter[list[ModelScores]] = TypeAdapter(list[ModelScores])
 
 
@@ -46,6 +50,27 @@ class Handed:
     def asked(self, key: str) -> Request:
         """Raises MissingFile when nobody asks this any more."""
         return Request.model_validate_json(self.store.read(f"{key}/request.json"))
+
+    @contextmanager
+    def alone(self, key: str) -> Iterator[None]:
+        """Be the one run that is at this, once no other is.
+
+        A server that was down for minutes takes runs for dead that are at work, and the same is
+        handed over again. The lock is the kernel's: a run that was killed holds none.
+        """
+        lock = FileLock(self.store.root / key / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("another run is at this still; what it finds is waited for")
+            lock.acquire(poll_interval=_PAUSE)
+        try:
+            yield
+            (self.store.root / key / "lock").unlink(
+                missing_ok=True
+            )  # whoever waits finds an answer
+        finally:
+            lock.release()
 
     def give(self, key: str, answer: list[ModelScores]) -> None:
         self.store.write(f"{key}/answer.json", _ANSWER.dump_json(answer))
