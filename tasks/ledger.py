@@ -83,12 +83,23 @@ class Ledger:
         return self._run(["git", *settings, "-c", "core.hooksPath=/dev/null", *arguments])
 
     def dvc(self, *arguments: str) -> str:
+        # For us alone: DVC lets everyone write in it, and believes what it finds there.
+        self._dvc_notes.mkdir(mode=0o700, exist_ok=True)
         return self._run([sys.executable, "-m", "dvc", *arguments])
+
+    @property
+    def _dvc_notes(self) -> Path:
+        """Where DVC notes which hashes it knows; its own choice, /var/tmp, may be read-only.
+
+        Inside of .git, where other programs (Git LFS) keep theirs: .dvc is not there before init.
+        """
+        return self.folder / ".git" / "dvc"
 
     def _run(self, command: list[str]) -> str:
         # A GIT_DIR in our environment (we may run under a hook) would name another repository.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
         environment["DVC_NO_ANALYTICS"] = "1"
+        environment.setdefault("DVC_SITE_CACHE_DIR", str(self._dvc_notes))
         done = subprocess.run(
             command,
             cwd=self.folder,

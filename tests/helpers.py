@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,14 @@ def split_weights(folder: Path, shards: int = 2) -> None:
     file.unlink()
     _write_shards(folder, tensors, shards)
     (folder / "trainer_state.json").touch()
+
+
+def read_only(folder: Path, command: Sequence[str]) -> list[str]:
+    """The command, for which nothing in this folder can be written; as it is where we may not."""
+    script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+    wrapped = ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(folder)]
+    works = subprocess.run([*wrapped, "true"], capture_output=True, check=False).returncode == 0
+    return [*wrapped, *command] if works else list(command)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

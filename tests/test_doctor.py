@@ -259,6 +259,16 @@ def test_remotes_of_git_and_dvc_are_tried_and_left_as_they_were(
     assert not run(remote, "git", "for-each-ref")
 
 
+def test_a_dvc_that_may_not_write_its_notes_is_told(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", "/proc/dvc")
+    (check,) = [c for c in ledger(service_of(project)) if c.name == "DVC"]
+    assert check.state == "failed", check
+    assert "/proc/dvc" in check.said
+    assert "DVC_SITE_CACHE_DIR" in str(check.mend)
+
+
 def git_remote(project: Project) -> Check:
     (check,) = [c for c in ledger(service_of(project)) if c.name == "Git remote"]
     return check

@@ -37,6 +37,12 @@ def test_both_images_run_as_nobody_special_and_have_a_health_check() -> None:
     compile(command[2], "HEALTHCHECK", "exec")
 
 
+def test_nothing_is_written_but_in_the_folder_that_every_container_may_write_to() -> None:
+    settings = dict(re.findall(r"\b([A-Z_]+)=(/\S+)", " ".join(dockerfile()["base"])))
+    for name in ("HF_HOME", "PREFECT_HOME", "DVC_SITE_CACHE_DIR"):
+        assert settings[name].startswith("/tmp/"), name
+
+
 def test_the_image_for_gpus_has_what_kernels_are_compiled_with() -> None:
     installed = " ".join(line for line in dockerfile()["gpu"] if "apt-get install" in line)
     assert {"gcc", "libc6-dev"} <= set(installed.split())

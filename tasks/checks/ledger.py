@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from ckptfuse.checks import Check, failed, ok, warning
+from ckptfuse.checks.check import carried_out
 from ckptfuse.checks.probe import written
 from ckptfuse.published import publications
 from ckptfuse.service import Service
@@ -25,6 +25,10 @@ PUSHED = "tags of the Git remote"
 #: git init --initial-branch
 OLDEST_GIT = Version("2.28")
 _TIMEOUT = 30.0
+_DVC_MEND = (
+    "pip install -c constraints.txt of the project brings what DVC needs; where it may not write, "
+    "name another folder in DVC_SITE_CACHE_DIR"
+)
 
 
 def ledger(service: Service) -> Iterator[Check]:
@@ -33,7 +37,7 @@ def ledger(service: Service) -> Iterator[Check]:
     yield takes
     if service.params.ledger.remote is not None and takes.state == "ok":
         yield from _pushed(service, service.params.ledger.remote)
-    yield _dvc()
+    yield carried_out(DVC, _dvc, _DVC_MEND)
     yield _dvc_remote(service.params.ledger.dvc_remote)
 
 
@@ -98,12 +102,12 @@ def _pushed(service: Service, remote: str) -> Iterator[Check]:
 
 
 def _dvc() -> Check:
-    done = _run([sys.executable, "-m", "dvc", "--version"])
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()[-1:]
-        mend = "pip install -c constraints.txt of the project brings what DVC needs"
-        return failed(DVC, f"DVC does not start: {' '.join(said)}", mend)
-    return ok(DVC, f"dvc {done.stdout.strip()}")
+    """Asked for its version alone, it would not open what it writes to."""
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Ledger(Path(folder))
+        probe.git("init", "--quiet")
+        probe.dvc("init")
+        return ok(DVC, f"dvc {probe.dvc('--version')} can make a repository")
 
 
 def _dvc_remote(url: str | None) -> Check:

@@ -1,6 +1,7 @@
 """The ledger's repository, as people and killed programs leave it."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ckptfuse.errors import PublicationError
 from ckptfuse.params import LedgerParams
 from tasks.ledger import Ledger, LedgerEntry
+from tests.helpers import read_only
 
 
 def test_a_file_that_somebody_put_there_is_in_no_commit(tmp_path: Path) -> None:
@@ -18,6 +20,24 @@ def test_a_file_that_somebody_put_there_is_in_no_commit(tmp_path: Path) -> None:
         ".dvc/.gitignore", ".dvc/config", ".dvcignore", ".gitignore",
     ]  # fmt: skip
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_dvc_writes_to_no_folder_of_the_systems(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tasks.ledger import Ledger\n"
+        "ledger = Ledger(Path(sys.argv[1])); ledger.prepare(None)\n"
+        "(ledger.folder / 'corpus').mkdir(); (ledger.folder / 'corpus' / 'a').write_text('a')\n"
+        "ledger.dvc('add', 'corpus')"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(
+        read_only(Path("/var/tmp"), command), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "corpus.dvc").is_file()
+    notes = tmp_path / ".git" / "dvc"
+    assert list(notes.iterdir())
+    assert notes.stat().st_mode & 0o077 == 0
 
 
 def test_locks_of_a_killed_git_are_in_nobodys_way(tmp_path: Path) -> None:
