@@ -12,6 +12,8 @@ import json
 import os
 import urllib.request
 import uuid
+from collections.abc import Mapping
+from pathlib import Path
 
 from ckptfuse.errors import CkptfuseError, ConfigurationError
 
@@ -31,9 +33,21 @@ def resource_of(trajectory: str) -> str:
     return f"ckptfuse.trajectory.{trajectory}"
 
 
-def checkpoint_written(trajectory: str, *, uri: str | None = None) -> None:
-    """Emit ``checkpoint.written``; raises CkptfuseError when the server cannot be told."""
-    event = {
+def checkpoint_written(trajectory: str, *, uri: str | Path | None = None) -> None:
+    """Emit ``checkpoint.written``. Raises CkptfuseError, and nothing else, when that fails."""
+    try:
+        _post(_event(trajectory, uri))
+    except CkptfuseError:
+        raise
+    except Exception as error:  # the network's, HTTP's, and what a wrong address makes of them
+        raise CkptfuseError(
+            f"{api_url()} was not told of the checkpoint ({type(error).__name__}: {error}); is "
+            "PREFECT_API_URL the address of Prefect's server?"
+        ) from error
+
+
+def _event(trajectory: str, uri: str | Path | None) -> dict[str, object]:
+    return {
         "id": str(uuid.uuid4()),
         "occurred": datetime.datetime.now(datetime.UTC).isoformat(),
         "event": "checkpoint.written",
@@ -41,17 +55,17 @@ def checkpoint_written(trajectory: str, *, uri: str | None = None) -> None:
             "prefect.resource.id": resource_of(trajectory),
             "prefect.resource.name": trajectory,
         },
-        "payload": {"uri": uri},
+        "payload": {"uri": None if uri is None else str(uri)},
     }
+
+
+def _post(event: Mapping[str, object]) -> None:
     request = urllib.request.Request(  # noqa: S310 - the team's own server
         f"{api_url()}/events",
         data=json.dumps([event]).encode(),
         headers={"Content-Type": "application/json", **_authorization()},
     )
-    try:
-        urllib.request.urlopen(request, timeout=_PATIENCE).close()  # noqa: S310
-    except OSError as error:
-        raise CkptfuseError(f"{api_url()} was not told of the checkpoint: {error}") from error
+    urllib.request.urlopen(request, timeout=_PATIENCE).close()  # noqa: S310
 
 
 def _authorization() -> dict[str, str]:
