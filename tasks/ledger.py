@@ -26,6 +26,7 @@ from ckptfuse.corpus import jsonl
 from ckptfuse.errors import PublicationError
 from ckptfuse.merge.companions import PROVENANCE
 from ckptfuse.params import LedgerParams
+from ckptfuse.passwords import without_passwords
 from ckptfuse.processes import end_with_parent
 from ckptfuse.records import GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
@@ -111,9 +112,8 @@ class Ledger:
         )
         if done.returncode != 0:
             words = " ".join(command)
-            raise PublicationError(
-                f"{words}\n  in {self.folder}: {(done.stderr or done.stdout).strip()}"
-            )
+            said = f"{words}\n  in {self.folder}: {(done.stderr or done.stdout).strip()}"
+            raise PublicationError(without_passwords(said))
         return done.stdout.strip()
 
     @property
@@ -156,7 +156,9 @@ class Ledger:
             self.git("update-ref", "refs/heads/main", "FETCH_HEAD")
             known = self.git("tag", "--list").splitlines()
             log.warning(
-                "this workspace had no ledger: it goes on from %d fusions at %s", len(known), remote
+                "this workspace had no ledger: it goes on from %d fusions at %s",
+                len(known),
+                without_passwords(remote),
             )
 
     def _first_commit(self) -> None:

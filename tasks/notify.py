@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckptfuse.errors import CkptfuseError, ConfigurationError
+from ckptfuse.passwords import without_passwords
 
 _PATIENCE = 5.0  # seconds: a trainer does not wait
 
@@ -40,10 +41,11 @@ def checkpoint_written(trajectory: str, *, uri: str | Path | None = None) -> Non
     except CkptfuseError:
         raise
     except Exception as error:  # the network's, HTTP's, and what a wrong address makes of them
-        raise CkptfuseError(
+        said = (
             f"{api_url()} was not told of the checkpoint ({type(error).__name__}: {error}); is "
             "PREFECT_API_URL the address of Prefect's server?"
-        ) from error
+        )
+        raise CkptfuseError(without_passwords(said)) from None
 
 
 def _event(trajectory: str, uri: str | Path | None) -> dict[str, object]:

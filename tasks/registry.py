@@ -14,6 +14,7 @@ from traceback import walk_tb
 from typing import Any
 
 from ckptfuse.errors import CkptfuseError, PublicationError
+from ckptfuse.passwords import without_passwords
 from ckptfuse.records import FusionRecord, GateRecord, PlanRecord
 from ckptfuse.service import Service
 from tasks import artifacts
@@ -43,11 +44,13 @@ def registry_of(service: Service) -> Iterator["Registry"]:
     except CkptfuseError:
         raise
     except Exception as error:
-        if _came_through_mlflow(error):
-            raise PublicationError(f"MLflow: {type(error).__name__}: {error}") from error
-        if isinstance(error, OSError):
-            raise PublicationError(str(error)) from error
-        raise
+        is_mlflows = _came_through_mlflow(error)
+        if not is_mlflows and not isinstance(error, OSError):
+            raise
+        said = f"MLflow: {type(error).__name__}: {error}" if is_mlflows else str(error)
+        clean = without_passwords(said)
+        # A log shows what an error came from, too.
+        raise PublicationError(clean) from (error if clean == said else None)
 
 
 def _came_through_mlflow(error: Exception) -> bool:

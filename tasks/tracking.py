@@ -3,6 +3,7 @@
 import os
 
 from ckptfuse.errors import PublicationError
+from ckptfuse.passwords import without_passwords
 from ckptfuse.service import Service
 
 #: Read before MLflow is told a URI: it then overwrites the variable, for a next service too.
@@ -38,4 +39,5 @@ def require_answer(uri: str) -> None:
             raise_on_status=False,
         )
     except Exception as error:
-        raise PublicationError(f"the tracking server at {uri} does not answer: {error}") from error
+        said = without_passwords(f"the tracking server at {uri} does not answer: {error}")
+        raise PublicationError(said) from None  # which has the address in full

@@ -1,11 +1,11 @@
 """One finding of the doctor's: how things are, in one sentence, and how to mend them."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from ckptfuse.errors import CkptfuseError
+from ckptfuse.passwords import without_passwords
 
 State = Literal["ok", "warning", "failed"]
 
@@ -21,20 +21,15 @@ class Check:
 
 
 def ok(name: str, said: str) -> Check:
-    return Check(name, "ok", said)
+    return Check(name, "ok", without_passwords(said))
 
 
 def warning(name: str, said: str, mend: str) -> Check:
-    return Check(name, "warning", said, mend)
+    return Check(name, "warning", without_passwords(said), mend)
 
 
 def failed(name: str, said: str, mend: str) -> Check:
-    return Check(name, "failed", said, mend)
-
-
-def without_passwords(text: str) -> str:
-    """With what stands between ``://`` and ``@`` left out."""
-    return re.sub(r"://[^/@\s]*@", "://...@", text)
+    return Check(name, "failed", without_passwords(said), mend)
 
 
 def carried_out(name: str, check: Callable[[], Check], mend: str) -> Check:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ckptfuse.errors import ConfigurationError
+from ckptfuse.passwords import without_passwords
 from flows.commands.console import stderr, stdout
 from flows.commands.service import ParamsOption, check_prefect, load
 
@@ -64,4 +65,5 @@ def notify(
 
         trajectory = load_params(params).trajectory
     checkpoint_written(trajectory, uri=uri)
-    stderr.print(f"{api_url()} was told of {uri or 'a checkpoint'} of {trajectory}", markup=False)
+    told = without_passwords(api_url())
+    stderr.print(f"{told} was told of {uri or 'a checkpoint'} of {trajectory}", markup=False)
