@@ -21,10 +21,14 @@ def store(location: str, packaged: Path) -> None:
 
 
 def local_folder(location: str) -> Path | None:
-    """The folder that an artifact location names; None when it is no folder of this machine."""
-    if location.startswith("file://"):
-        return Path(location.removeprefix("file://"))
-    return Path(location) if location.startswith("/") else None
+    """The folder that an artifact location names; None when it is no folder of this machine.
+
+    As MLflow finds it there: a space in the path is %20 in the location.
+    """
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    is_local = location.startswith(("file:", "/"))
+    return Path(local_file_uri_to_path(location)) if is_local else None
 
 
 def weight_sizes(location: str) -> dict[str, int]:

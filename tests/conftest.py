@@ -295,7 +295,10 @@ def project(tmp_path: Path, trajectory: Trajectory) -> Project:
 
 @pytest.fixture(scope="session")
 def finished(prefect_server: str, trajectory: Trajectory) -> Project:
-    """Four checkpoints landed and were fused, then two more. For tests that only look."""
+    """Four checkpoints landed and were fused, then two more. For tests that only look.
+
+    Its path has a space, which MLflow's locations write as %20.
+    """
 
     def run(folder: Path) -> None:
         from flows.watch import watch
@@ -309,4 +312,4 @@ def finished(prefect_server: str, trajectory: Trajectory) -> Project:
         second = watch(project.params_file)
         assert (second.scored, second.published, second.skipped) == (2, 1, 1), second
 
-    return Project(shared("finished", run), trajectory)
+    return Project(shared("finished run", run), trajectory)

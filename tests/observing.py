@@ -10,6 +10,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
+from tasks.artifacts import local_folder
 from tests.conftest import Project
 
 
@@ -68,7 +69,8 @@ def _mlflow(project: Project) -> dict[str, Any]:
     for model in client.search_logged_models([experiment.experiment_id]):
         name = f"model {model.tags['ckptfuse.fusion']}"
         assert name not in found, "two logged models of one fusion"
-        folder = Path(model.artifact_location.removeprefix("file://"))
+        folder = local_folder(model.artifact_location)
+        assert folder is not None
         found[name] = str(model.status)
         for file, content in _hashes(folder):
             found[f"{name} {file}"] = "" if file == "MLmodel" else content  # it holds a time

@@ -20,7 +20,7 @@ def copy_of(finished: Project, folder: Path) -> Project:
     """Copy all of a project, its hard links as such; its bucket is `CKPTFUSE_BUCKET` then."""
     subprocess.run(["cp", "-a", finished.folder, folder], check=True)
     project = Project(folder, finished.trajectory)
-    old, new = str(finished.folder), str(folder)
+    old, new = finished.folder.as_uri(), folder.as_uri()
     with sqlite3.connect(project.workspace / "mlflow.db") as database:
         for table, column in _PLACES:
             database.execute(f"UPDATE {table} SET {column} = REPLACE({column}, ?, ?)", (old, new))

@@ -19,6 +19,7 @@ from mlflow.models import Model
 from safetensors import safe_open
 
 from infra.native.postgres import free_port
+from tasks.artifacts import local_folder
 from tasks.packaging import EXAMPLE
 from tests.conftest import BINARIES, Project, environment
 
@@ -37,7 +38,9 @@ def packaged(registry: Project, version: str) -> Path:
     """Where a version's files lie."""
     found = mlflow.MlflowClient().get_model_version("trial", version)
     model = mlflow.MlflowClient().get_logged_model(str(found.source).removeprefix("models:/"))
-    return Path(str(model.artifact_location).removeprefix("file://"))
+    folder = local_folder(str(model.artifact_location))
+    assert folder is not None
+    return folder
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ckptfuse.records import PromotionRecord, PublicationRecord, RetirementRecor
 from ckptfuse.service import Service, open_service
 from flows.cli import app
 from tasks.aliases import settle_champion
+from tasks.artifacts import local_folder
 from tasks.chain import verify
 from tasks.curves import draw_curves
 from tasks.registry import registry_of
@@ -65,7 +66,9 @@ def artifacts(project: Project, step: int) -> Path:
     client = MlflowClient(tracking_uri=project.mlflow_uri, registry_uri=project.mlflow_uri)
     version = client.get_model_version("trial", of_step(project, step).version)
     model = client.get_logged_model(str(version.source).removeprefix("models:/"))
-    return Path(str(model.artifact_location).removeprefix("file://"))
+    folder = local_folder(str(model.artifact_location))
+    assert folder is not None
+    return folder
 
 
 # -- the chain -----------------------------------------------------------------------------------

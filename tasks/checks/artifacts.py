@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from textwrap import shorten
 
 from ckptfuse.checks import Check, failed, warning
-from ckptfuse.checks.check import without_passwords
 from ckptfuse.checks.probe import written
 from ckptfuse.service import Service
+from tasks.artifacts import local_folder
 from tasks.tracking import tracking_uri
 
 NAME = "MLflow artifacts"
@@ -20,7 +20,9 @@ def artifacts(service: Service) -> Iterator[Check]:
         return
     if "://" not in root or root.startswith(_TRIED):
         mend = "correct mlflow.artifact_root, or give this user the right to write there"
-        yield written(NAME, root, mend)
+        # A path becomes a location (registry.py), and only a location has %20 for a space.
+        folder = local_folder(root) if root.startswith("file://") else None
+        yield written(NAME, str(folder or root), mend)
     else:
         yield _known_to_mlflow(root, tracking_uri(service))
 
@@ -32,10 +34,8 @@ def _known_to_mlflow(root: str, tracking: str) -> Check:
     try:
         get_artifact_repository(root, tracking_uri=tracking)
     except Exception as error:  # MLflow's, and whatever the store's own package raises
-        said = shorten(without_passwords(f"{root}: {type(error).__name__}: {error}"), 300)
+        said = shorten(f"{root}: {type(error).__name__}: {error}", 300)
         mend = "correct mlflow.artifact_root, or install the package that MLflow needs for it"
         return failed(NAME, said, mend)
     said = f"{root} is of a kind that MLflow opens; writing there is not tried here"
-    return warning(
-        NAME, without_passwords(said), "see whether the first fusion's artifacts arrive there"
-    )
+    return warning(NAME, said, "see whether the first fusion's artifacts arrive there")
