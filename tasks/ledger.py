@@ -14,7 +14,6 @@ that ``dvc repro`` at the tag finds nothing to do, and makes the same bytes when
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +26,6 @@ from ckptfuse.errors import PublicationError
 from ckptfuse.merge.companions import PROVENANCE
 from ckptfuse.params import LedgerParams
 from ckptfuse.passwords import without_passwords
-from ckptfuse.processes import end_with_parent
 from ckptfuse.records import GateRecord, PlanRecord
 from ckptfuse.score_files import export_scores
 from ckptfuse.service import Service
@@ -35,9 +33,15 @@ from ckptfuse.store import link_tree, open_store, remove_folder
 from tasks import ledger_files
 from tasks.log import log
 from tasks.pipeline import MANIFEST, pipeline, template, weights_of
+from tasks.programs import run
 from tasks.window_file import WindowFile
 
-_IDENTITY = ("user.name=ckptfuse", "user.email=ckptfuse@localhost", "commit.gpgsign=false")
+_SETTINGS_OF_GIT = (
+    "user.name=ckptfuse", "user.email=ckptfuse@localhost", "commit.gpgsign=false",
+    "core.hooksPath=/dev/null",
+)  # fmt: skip
+#: Seconds: for what is small (Git's), and for weights that are hashed or pushed (DVC's).
+_PATIENCE, _PATIENCE_WITH_DATA = 600.0, 86400.0
 #: What of the ledger Git holds.
 _IN_GIT = (
     ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "dvc.lock", "corpus.dvc", "params.yaml",
@@ -74,47 +78,33 @@ def tag_of(decided: PlanRecord) -> str:
 
 
 class Ledger:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, patience: float = _PATIENCE) -> None:
+        """``patience``: seconds that a command of Git's may take, since a remote may hang."""
         self.folder = folder
+        self._patience = patience
 
     # -- programs --------------------------------------------------------------------------
 
     def git(self, *arguments: str) -> str:
-        settings = [part for value in _IDENTITY for part in ("-c", value)]
-        return self._run(["git", *settings, "-c", "core.hooksPath=/dev/null", *arguments])
+        settings = [part for value in _SETTINGS_OF_GIT for part in ("-c", value)]
+        called = f"git {' '.join(arguments)}"
+        return run(
+            ["git", *settings, *arguments], self.folder, called=called, patience=self._patience
+        )
 
     def dvc(self, *arguments: str) -> str:
-        # For us alone: DVC lets everyone write in it, and believes what it finds there.
-        self._dvc_notes.mkdir(mode=0o700, exist_ok=True)
-        return self._run([sys.executable, "-m", "dvc", *arguments])
-
-    @property
-    def _dvc_notes(self) -> Path:
-        """Where DVC notes which hashes it knows; its own choice, /var/tmp, may be read-only.
-
-        Inside of .git, where other programs (Git LFS) keep theirs: .dvc is not there before init.
-        """
-        return self.folder / ".git" / "dvc"
-
-    def _run(self, command: list[str]) -> str:
-        # A GIT_DIR in our environment (we may run under a hook) would name another repository.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        environment["DVC_NO_ANALYTICS"] = "1"
-        environment.setdefault("DVC_SITE_CACHE_DIR", str(self._dvc_notes))
-        done = subprocess.run(
-            command,
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=end_with_parent,
+        # Its own choice, /var/tmp, may be read-only. What it notes of hashes lies inside of .git,
+        # as Git LFS's files do: .dvc is not there before init. And for us alone: DVC would let
+        # everyone write in it, and believes what it finds there.
+        notes = self.folder / ".git" / "dvc"
+        notes.mkdir(mode=0o700, exist_ok=True)
+        return run(
+            [sys.executable, "-m", "dvc", *arguments],
+            self.folder,
+            called=f"dvc {' '.join(arguments)}",
+            patience=_PATIENCE_WITH_DATA,
+            environment={"DVC_SITE_CACHE_DIR": os.environ.get("DVC_SITE_CACHE_DIR", str(notes))},
         )
-        if done.returncode != 0:
-            words = " ".join(command)
-            said = f"{words}\n  in {self.folder}: {(done.stderr or done.stdout).strip()}"
-            raise PublicationError(without_passwords(said))
-        return done.stdout.strip()
 
     @property
     def is_there(self) -> bool:

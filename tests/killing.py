@@ -72,22 +72,13 @@ class Killer:
         self.wrap(ckptfuse.merge.folder._Work, "merge_missing", lambda *_, **__: "weights written")
         self.wrap(ckptfuse.merge.folder, "write_companions", lambda *_: "configuration written")
         self.wrap(ckptfuse.merge.folder, "appear", lambda *_: "weights renamed")
-        self.wrap(tasks.ledger.Ledger, "_run", lambda _, command: _words(command))
+        self.wrap(tasks.ledger.Ledger, "git", lambda _, command, *rest: f"git {command}")
+        self.wrap(tasks.ledger.Ledger, "dvc", lambda _, command, *rest: f"dvc {command}")
         self.wrap(tasks.ledger, "link_tree", lambda *_: "weights linked into the ledger")
         self.wrap(tasks.artifacts, "link_tree", lambda *_: "weights linked into the registry")
         self.wrap(tasks.retention, "remove_folder", lambda *_: "weights pruned")
         for method in _MLFLOW:
             self.wrap(MlflowClient, method, lambda *a, m=method, **_: _mlflow(m, *a))
-
-
-def _words(command: list[str]) -> str:
-    """``git commit``, ``dvc commit``: the program and what it was asked to do."""
-    if command[0] == "git":
-        words = command[1:]
-        while words[0] == "-c":
-            words = words[2:]
-        return f"git {words[0]}"
-    return f"dvc {command[3]}"
 
 
 def _mlflow(method: str, _: MlflowClient, *arguments: Any) -> str:

@@ -1,12 +1,11 @@
 """The ledger's programs and remotes: Git, DVC, and where they push to."""
 
-import os
 import re
 import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from packaging.version import Version
 from ckptfuse.checks import Check, failed, ok, warning
 from ckptfuse.checks.check import carried_out
 from ckptfuse.checks.probe import written
+from ckptfuse.errors import PublicationError
 from ckptfuse.published import publications
 from ckptfuse.service import Service
 from tasks.ledger import Ledger
@@ -24,7 +24,11 @@ GIT, DVC, GIT_REMOTE, DVC_REMOTE = "Git", "DVC", "Git remote", "DVC remote"
 PUSHED = "tags of the Git remote"
 #: git init --initial-branch
 OLDEST_GIT = Version("2.28")
-_TIMEOUT = 30.0
+_PATIENCE = 30.0  # seconds: a person waits
+_GIT_MEND = (
+    "correct ledger.remote, or give this user a key or a credential helper that may push, and "
+    "that asks nobody"
+)
 _DVC_MEND = (
     "pip install -c constraints.txt of the project brings what DVC needs; where it may not write, "
     "name another folder in DVC_SITE_CACHE_DIR"
@@ -33,10 +37,11 @@ _DVC_MEND = (
 
 def ledger(service: Service) -> Iterator[Check]:
     yield _git()
-    takes = _git_remote(service)
+    takes = carried_out(GIT_REMOTE, lambda: _git_remote(service), _GIT_MEND)
     yield takes
-    if service.params.ledger.remote is not None and takes.state == "ok":
-        yield from _pushed(service, service.params.ledger.remote)
+    tags = [record.tag for record in publications(service)]
+    if tags and takes.state == "ok" and service.params.ledger.remote is not None:
+        yield carried_out(PUSHED, lambda: _pushed(service, tags), _GIT_MEND)
     yield carried_out(DVC, _dvc, _DVC_MEND)
     yield _dvc_remote(service.params.ledger.dvc_remote)
 
@@ -44,11 +49,12 @@ def ledger(service: Service) -> Iterator[Check]:
 def _git() -> Check:
     if shutil.which("git") is None:
         return failed(GIT, "there is no git", "apt-get install git")
-    said = _run(["git", "--version"]).stdout.strip()
+    said = subprocess.run(["git", "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"\d+\.\d+(\.\d+)?", said)
     if found is None or Version(found[0]) < OLDEST_GIT:
-        return failed(GIT, f"{said} is too old for the ledger", f"install {OLDEST_GIT} or newer")
-    return ok(GIT, said)
+        mend = f"install {OLDEST_GIT} or newer"
+        return failed(GIT, f"{said.strip()} is too old for the ledger", mend)
+    return ok(GIT, said.strip())
 
 
 def _git_remote(service: Service) -> Check:
@@ -57,48 +63,38 @@ def _git_remote(service: Service) -> Check:
     if remote is None:
         return ok(GIT_REMOTE, "none is set (ledger.remote): commits and tags stay in the workspace")
     try:
-        with _to_push(ledger_of(service)) as (repository, pushed):
-            push = ["push", "--dry-run", "--quiet", "--", remote, pushed]
-            done = _run(["git", "-C", str(repository), "-c", "core.hooksPath=/dev/null", *push])
-    except subprocess.TimeoutExpired:
-        said = f"{remote} did not answer in {_TIMEOUT:.0f} s"
-        return failed(GIT_REMOTE, said, "correct ledger.remote, or let this machine reach it")
-    if done.returncode == 0:
-        return ok(GIT_REMOTE, f"{remote} would take a push; its hooks and rules are not asked")
-    said = f"{remote}: {done.stderr.strip()}"
-    if "[rejected]" in done.stderr:
-        mend = "another workspace has pushed there: give this one a ledger.remote of its own"
-        return failed(GIT_REMOTE, said, mend)
-    mend = "correct ledger.remote, or give this user a key or a credential helper that may push"
-    return failed(GIT_REMOTE, said, mend)
+        with _to_push(ledger_of(service).folder) as (ledger, pushed):
+            ledger.git("push", "--dry-run", "--quiet", "--", remote, pushed)
+    except PublicationError as error:
+        rejected = "another workspace has pushed there: give this one a ledger.remote of its own"
+        return failed(GIT_REMOTE, str(error), rejected if "[rejected]" in str(error) else _GIT_MEND)
+    return ok(GIT_REMOTE, f"{remote} would take a push; its hooks and rules are not asked")
 
 
 @contextmanager
-def _to_push(ledger: Ledger) -> Iterator[tuple[Path, str]]:
+def _to_push(folder: Path) -> Iterator[tuple[Ledger, str]]:
     """The ledger and its branch; where there is none yet, an empty commit under a name of ours."""
+    ledger = Ledger(folder, patience=_PATIENCE)
     if ledger.is_there:
-        yield ledger.folder, "main"
+        yield ledger, "main"
         return
-    with tempfile.TemporaryDirectory() as folder:
-        probe = Ledger(Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        probe = Ledger(Path(temporary), patience=_PATIENCE)
         probe.git("init", "--quiet", "--initial-branch=main")
         probe.git("commit", "--quiet", "--allow-empty", "--message", "probe")
-        yield probe.folder, f"main:refs/heads/ckptfuse-doctor-{uuid.uuid4().hex}"
+        yield probe, f"main:refs/heads/ckptfuse-doctor-{uuid.uuid4().hex}"
 
 
-def _pushed(service: Service, remote: str) -> Iterator[Check]:
-    """Once something is published: has the remote its tags?"""
-    tags = [record.tag for record in publications(service)]
-    if not tags:
-        return
-    done = _run(["git", "ls-remote", "--tags", "--", remote])
-    there = {line.rpartition("refs/tags/")[2] for line in done.stdout.splitlines()}
+def _pushed(service: Service, tags: Sequence[str]) -> Check:
+    """Has the remote the tags of all that was published?"""
+    with _to_push(ledger_of(service).folder) as (ledger, _):
+        told = ledger.git("ls-remote", "--tags", "--", str(service.params.ledger.remote))
+    there = {line.rpartition("refs/tags/")[2] for line in told.splitlines()}
     lost = [tag for tag in tags if tag not in there]
     if not lost:
-        yield ok(PUSHED, f"all {len(tags)} that the records name are there")
-        return
+        return ok(PUSHED, f"all {len(tags)} that the records name are there")
     said = f"{len(lost)} of {len(tags)} are not there, last of them {lost[-1]}"
-    yield warning(PUSHED, said, "the next publication pushes all that the ledger has")
+    return warning(PUSHED, said, "the next publication pushes all that the ledger has")
 
 
 def _dvc() -> Check:
@@ -122,16 +118,3 @@ def _dvc_remote(url: str | None) -> Check:
         return warning(DVC_REMOTE, said, "see whether `dvc push`, in the ledger, works")
     mend = "correct ledger.dvc_remote, or give this user the right to write there"
     return written(DVC_REMOTE, url, mend)
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    return subprocess.run(
-        command,
-        env={**environment, "GIT_TERMINAL_PROMPT": "0", "DVC_NO_ANALYTICS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_TIMEOUT,
-    )
