@@ -39,7 +39,7 @@ def test_both_images_run_as_nobody_special_and_have_a_health_check() -> None:
 
 def test_nothing_is_written_but_in_the_folder_that_every_container_may_write_to() -> None:
     settings = dict(re.findall(r"\b([A-Z_]+)=(/\S+)", " ".join(dockerfile()["base"])))
-    for name in ("HF_HOME", "PREFECT_HOME", "DVC_SITE_CACHE_DIR"):
+    for name in ("HF_HOME", "PREFECT_HOME", "PREFECT_UI_STATIC_DIRECTORY", "DVC_SITE_CACHE_DIR"):
         assert settings[name].startswith("/tmp/"), name
 
 
