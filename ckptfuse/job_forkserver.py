@@ -79,7 +79,6 @@ def _be(job: Job) -> None:
             end_with_parent()
         os.dup2(os.open(job.stderr, os.O_WRONLY), 2)
         os.chdir(job.folder)
-        sys.path[0] = job.folder
         os.environ.clear()
         os.environ.update(job.environment)
         from ckptfuse import job as engine

@@ -211,7 +211,7 @@ class _ForkServer:
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ckptfuse.job_forkserver"],
+            [sys.executable, "-P", "-m", "ckptfuse.job_forkserver"],  # no module of this folder
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

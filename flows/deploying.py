@@ -128,9 +128,13 @@ def _put_deployments(params: Params, params_file: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "prefect.yaml")
         file.write_text(yaml.safe_dump(told, sort_keys=False))
-        command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+        command = [sys.executable, "-P", "-m", "prefect", "--no-prompt", "deploy", "--all"]
         done = subprocess.run(
-            [*command, "--prefect-file", str(file)], capture_output=True, text=True, check=False
+            [*command, "--prefect-file", file.name],
+            cwd=folder,  # where no module of the team's is taken for one of ours
+            capture_output=True,
+            text=True,
+            check=False,
         )
     if done.returncode != 0:
         raise CkptfuseError(f"`prefect deploy` failed: {(done.stdout + done.stderr).strip()}")

@@ -2,9 +2,13 @@
 
 import gc
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from prefect.runtime import deployment
 from prefect.settings import PREFECT_API_URL
 
 from ckptfuse.jobs import Here, Runner
@@ -18,6 +22,8 @@ from tasks.workers import Workers
 
 def open_flow(params_file: str) -> Service:
     """The service; its scoring goes to workers where ``execution`` says so."""
+    if deployment.id is not None:  # a worker of Prefect's starts it elsewhere (infra/prefect.yaml)
+        os.chdir(Path(params_file).parent)
     params = load_params(Path(params_file))
     prepare(Path(params.workspace))  # a worker of Prefect's has not been through our command line
     _leave_imports_alone()
@@ -28,11 +34,12 @@ def open_flow(params_file: str) -> Service:
     return open_service(params, ImportingAhead(runner))
 
 
-def mend_server() -> None:
-    """Start the embedded server again where it was killed.
+def start_server() -> None:
+    """Start the embedded server, where one is needed; again, where it was killed.
 
-    Prefect starts it once in a process and does not look after it. It keeps its address, if that is
-    free, which what Prefect has running in this process goes on using.
+    Prefect would start it by itself, with the modules of this folder before Python's, and not look
+    after it. It keeps its address, if that is free, which what Prefect has running in this process
+    goes on using.
     """
     if PREFECT_API_URL.value():
         return
@@ -42,7 +49,20 @@ def mend_server() -> None:
     if server.server_process is not None and server.server_process.poll() is not None:
         log.warning("Prefect's embedded server was gone; it is started again")
         server.running = False
+    with _safe_path():
         server.start()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """For Python programs of ours; those of the team's do import what lies beside them."""
+    given = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = given or "1"
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ["PYTHONSAFEPATH"]
 
 
 @cache

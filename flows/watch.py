@@ -19,7 +19,7 @@ from ckptfuse.steps.look import discover, load_state, look_file, next_actions
 from ckptfuse.steps.survey import known_survey
 from ckptfuse.window import window_key
 from flows.fuse import fuse, publish_window
-from flows.opening import mend_server, open_flow
+from flows.opening import open_flow, start_server
 from tasks import news
 from tasks.aliases import is_settled, settle_champion
 from tasks.discover import quarantine, skip, survey_corpus
@@ -88,7 +88,7 @@ def look(params_file: str) -> Summary:
         listing, _, actions = _begin(service, live=True, first=None, last=None)
         if not actions and _is_all_done(service, listing):
             return _end(service, listing, actions, Summary.of(listing))
-    mend_server()
+    start_server()
     return watch(params_file)
 
 

@@ -43,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TESTS_OF_CKPTFUSE"] = os.environ["PREFECT_HOME"] = str(home)
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{free_port()}/api"
     os.environ["PATH"] = f"{BINARIES}{os.pathsep}{os.environ['PATH']}"
+    # As a team names its own modules: what we start finds examples/ and tests/ there.
+    own = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, own))
     os.environ["OMP_NUM_THREADS"] = "1"
     prepare(home)
 

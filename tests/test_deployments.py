@@ -33,6 +33,7 @@ from tasks.deployments import GPUS, Attempts, Piece, hand_over
 from tasks.events import tell
 from tasks.trainer_callback import NotifyCallback
 from tests.conftest import BINARIES, Project, Trajectory, environment, make_project
+from tests.helpers import lay_modules_of_a_team
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +75,10 @@ def deployed(
     inbox: Inbox,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Project:
-    """What ``finished`` is, with everything deployed; nothing has run yet, and no worker."""
+    """What ``finished`` is, with everything deployed; nothing has run yet, and no worker.
+
+    Beside its parameters lie modules that have the names of ours.
+    """
     science = yaml.safe_load(Path(finished.params_file).read_text())
     project = make_project(
         tmp_path_factory.mktemp("deployed") / "project",
@@ -85,6 +89,7 @@ def deployed(
         fuse={"shards": 2},
         watch={"interval_seconds": 3600},
     )
+    lay_modules_of_a_team(project.folder)
     project.cli("deploy", "--gpus", "2", "--notify", f"json://127.0.0.1:{inbox.server_port}/")
     return project
 
@@ -153,7 +158,7 @@ def test_what_a_team_needs_is_on_the_server_and_deploying_again_adds_nothing(
     assert looks.concurrency_options.collision_strategy == "CANCEL_NEW"
     for deployment in again["deployments"].values():
         # The flows as they are now accept what the deployments give them.
-        assert deployment.parameters == {"params_file": "params.yaml"}
+        assert deployment.parameters == {"params_file": deployed.params_file}
         assert deployment.parameters.keys() <= deployment.parameter_openapi_schema[
             "properties"].keys()  # fmt: skip
         assert deployment.tags == ["ckptfuse"]
@@ -457,7 +462,7 @@ def test_the_file_alone_deploys_looks_every_minute_one_at_a_time(deployed: Proje
     with get_client(sync_client=True) as client:
         told = client.read_deployment_by_name("watch/by-hand")
     assert told.entrypoint == "flows.watch.watch"
-    assert told.parameters == {"params_file": "params.yaml"}
+    assert told.parameters == {"params_file": str(ROOT / "params.yaml")}
     (schedule,) = told.schedules
     assert schedule.active
     assert schedule.schedule.interval.total_seconds() == 60

@@ -311,7 +311,7 @@ def test_a_look_whose_flow_run_cannot_begin_is_counted_as_unfinished(
         raise RuntimeError("Failed to reach API")
 
     monkeypatch.setattr("flows.watch.watch", down)
-    monkeypatch.setattr("flows.watch.mend_server", lambda: None)
+    monkeypatch.setattr("flows.watch.start_server", lambda: None)
     for _ in range(2):
         with pytest.raises(RuntimeError):
             look(project.params_file)

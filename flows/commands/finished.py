@@ -47,8 +47,10 @@ def backfill(
     from ckptfuse.report.page import write_report
     from ckptfuse.service import open_service
     from flows.backfill import backfill as backfill_flow
+    from flows.opening import start_server
     from flows.show import table
 
+    start_server()
     summary = backfill_flow(file, first=first, last=last)
     service = open_service(loaded)
     stdout.print(table(overview(service)))

@@ -158,7 +158,9 @@ def fuse(
     preflight(loaded)
     log_to_stderr()
     from flows.fuse import fuse_step
+    from flows.opening import start_server
 
+    start_server()
     verdict = fuse_step(file, step)
     stdout.print(f"step {verdict.step}: {verdict.verdict}: {verdict.reason}", markup=False)
     if verdict.verdict == "declined":

@@ -63,7 +63,7 @@ def run_demo(run: Pretraining | None = None) -> None:
         f"checkpoints in another. Logs: {root}/demo"
     )
     with _process(_trainer(run), root / "demo" / "trainer.log") as trainer:
-        watch = [sys.executable, "-m", "flows.cli", "watch"]
+        watch = [sys.executable, "-P", "-m", "flows.cli", "watch"]
         fast = {"CKPTFUSE_WATCH__INTERVAL_SECONDS": str(_INTERVAL)}
         with _process(watch, root / "demo" / "service.log", fast) as watcher:
             _show_live(service, trainer, watcher)
@@ -114,7 +114,7 @@ def _lay_texts(params: Params, run: Pretraining) -> None:
 
 
 def _trainer(run: Pretraining) -> list[str]:
-    return [sys.executable, "-m", "flows.demo.trainer", *run.arguments()]
+    return [sys.executable, "-P", "-m", "flows.demo.trainer", *run.arguments()]
 
 
 @contextmanager

@@ -156,7 +156,7 @@ class Stack:
         """In a process of its own: Prefect reads the server's address when it is imported."""
         slots = len(visible_gpus()) or self.workers
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "deploy", "--gpus", str(slots)],
+            [sys.executable, "-P", "-m", "flows.cli", "deploy", "--gpus", str(slots)],
             env=self._child_environment(),
             capture_output=True,
             text=True,

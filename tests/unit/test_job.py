@@ -43,7 +43,7 @@ from ckptfuse.reading import Loaded, load
 from ckptfuse.record_files import Records
 from ckptfuse.records import ScoreRecord
 from ckptfuse.store import FolderStore
-from tests.helpers import blocks_of_lengths
+from tests.helpers import blocks_of_lengths, lay_modules_of_a_team
 
 NUMERICS = Numerics(dtype="float32", attention="sdpa", device_class="cpu")
 BLOCKS = blocks_of_lengths([32] * 6 + [11], digest="blocks-1", documents=[0, 0, 1, 1, 2, 2, 3])
@@ -367,6 +367,19 @@ def test_a_job_takes_this_processs_environment_and_folder_as_they_are_now(
     (answer,) = run_job(request_of(tmp_path, CheckpointModel(input=Input(uri="s3://away/x"))))
     assert answer.failed is not None
     assert "(nobody)" in answer.failed.reason
+
+
+def test_a_job_takes_no_module_of_the_folder_that_it_runs_in(
+    tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_modules_of_a_team(tmp_path)
+    (tmp_path / "torch.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "_idle", [])  # it starts there
+    (answer,) = run_job(request_of(tmp_path, checkpoint(llamas[0])))
+    for server in jobs._idle:
+        server.kill()
+    assert answer.scored is not None, answer
 
 
 def test_a_job_that_is_broken_off_ends_and_the_next_one_runs(
