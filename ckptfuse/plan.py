@@ -143,10 +143,11 @@ def _to_fuse(
     decided: list[CheckpointRecord] = []  # in the order of training
 
     def waits(newest: CheckpointRecord) -> bool:
-        if key(newest) in state.gates or state.is_closed(key(newest)):
+        window = key(newest)
+        is_decided = window in state.gates or state.is_closed(window)
+        if is_decided:
             decided.append(newest)
-            return False
-        return True
+        return not is_decided
 
     found = windows(healthy, params, waits, known=state.checkpoints.values())
     waiting = [Fuse(key(window.newest), window) for window in found]
