@@ -16,13 +16,14 @@ _FAILED = "prune failed"
 
 def is_pruned(service: Service) -> bool:
     """Or it failed within this hour: whatever is in the way, not every look has to run into it."""
-    if is_marked(service, _FAILED, _this_hour()):
+    if is_marked(service, _FAILED, _tried(service)):
         return True
     return retention.copies_are_pruned(service) and retention.is_settled(service)
 
 
-def _this_hour() -> str:
-    return str(int(time.time() // 3600))
+def _tried(service: Service) -> str:
+    """Is another when there is more to delete, the policy is corrected, or an hour is over."""
+    return f"{retention.state(service)} {int(time.time() // 3600)}"
 
 
 @task(cache_policy=NO_CACHE)
@@ -36,10 +37,10 @@ def prune(service: Service) -> None:
         for item in retention.prune_published(service):
             _tell(item)
     except (CkptfuseError, OSError) as error:
-        mark(service, _FAILED, _this_hour())
+        mark(service, _FAILED, _tried(service))
         log.warning(
-            "not all was deleted that retention does not keep: %s. It is tried again within an "
-            "hour, or now: ckptfuse prune",
+            "not all was deleted that retention does not keep: %s. It is tried again within the "
+            "hour, or by ckptfuse prune",
             error,
         )
 

@@ -167,7 +167,7 @@ def copies_are_pruned(service: Service) -> bool:
 
 
 def _lasting(service: Service, fusions: list[str]) -> str:
-    return digest([sorted(fusions), _state(service)])
+    return digest([sorted(fusions), state(service)])
 
 
 def prune_published(service: Service) -> Iterator[Deleted]:
@@ -185,15 +185,15 @@ def prune_published(service: Service) -> Iterator[Deleted]:
                 freed = _delete(service, registry, retired)
                 mark(service, f"{_MARK}-{retired.fusion}", _DONE)
                 yield Deleted(f"version {retired.version} ({retired.tag})", retired.reason, freed)
-    mark(service, _MARK, _state(service))
+    mark(service, _MARK, state(service))
 
 
 def is_settled(service: Service) -> bool:
     """Whether nothing has changed, but for aliases, since all was deleted that had to go."""
-    return not publications(service) or is_marked(service, _MARK, _state(service))
+    return not publications(service) or is_marked(service, _MARK, state(service))
 
 
-def _state(service: Service) -> str:
+def state(service: Service) -> str:
     """Digest of all that decides what stays, but for aliases that people move in MLflow."""
     present = champion(service)
     return digest(

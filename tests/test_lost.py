@@ -139,7 +139,7 @@ def test_what_stands_in_the_way_of_retention_is_run_into_once_an_hour(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = Path(project.params_file)
-    slip = {"retention": {"last": 1, "keep": ["1700"]}}
+    slip: dict[str, dict[str, object]] = {"retention": {"last": 1, "keep": ["1700"]}}
     params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), **slip}))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
@@ -148,6 +148,11 @@ def test_what_stands_in_the_way_of_retention_is_run_into_once_an_hour(
     assert is_pruned(opened(project))
     now += 3600
     assert not is_pruned(opened(project))
+    prune.fn(opened(project))
+    assert is_pruned(opened(project))
+    slip["retention"]["keep"] = []
+    params.write_text(yaml.safe_dump({**yaml.safe_load(params.read_text()), **slip}))
+    assert not is_pruned(opened(project)), "what was in the way is not there any more"
 
 
 def test_a_fault_of_ours_does_not_pass_for_mlflows(project: Project) -> None:
