@@ -397,14 +397,13 @@ def test_a_job_that_is_broken_off_ends_and_the_next_one_runs(
     assert answer.scored is not None
 
 
-def test_what_a_teams_own_code_prints_swallows_no_event(
-    tmp_path: Path, llamas: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "talking.py").write_text(
-        "def to_hf(tensors, config):\n    print('converting... ', end='')\n    return tensors\n"
-    )
-    own = {"converter": "talking:to_hf", "model": str(llamas[0])}
+def talking(tensors: dict[str, torch.Tensor], _: object) -> dict[str, torch.Tensor]:
+    print("converting... ", end="")
+    return tensors
+
+
+def test_what_a_teams_own_code_prints_swallows_no_event(tmp_path: Path, llamas: list[Path]) -> None:
+    own = {"converter": f"{__name__}:talking", "model": str(llamas[0])}
     told: list[Event] = []
     asked = request_of(tmp_path, checkpoint(llamas[0])).model_copy(update=own)
     run_job(asked, progress=told.append)
