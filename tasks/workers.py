@@ -66,9 +66,8 @@ class Handed:
             lock.acquire(poll_interval=_PAUSE)
         try:
             yield
-            (self.store.root / key / "lock").unlink(
-                missing_ok=True
-            )  # whoever waits finds an answer
+            # Whoever waits for it finds an answer, and forgets the question.
+            (self.store.root / key / "lock").unlink(missing_ok=True)
         finally:
             lock.release()
 
