@@ -8,6 +8,7 @@ together of them.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -72,6 +73,7 @@ def _links(root: Path) -> list[str]:
     """The links to folders under ``root`` and under what they lead to, as paths below ``root``.
 
     Without those to where another path leads already: so loops end, and no text is read twice.
+    Raises CorpusError for what cannot be reached: elsewhere, with it, the corpus would be another.
     """
     links, seen, pending = [], set[str](), [root]
     while pending:
@@ -80,11 +82,23 @@ def _links(root: Path) -> list[str]:
             continue
         if top != root:
             links.append(top.relative_to(root).as_posix())
-        for parent, names, _ in os.walk(top):
+        for parent, names, files in os.walk(top, onerror=_refuse):
             seen.add(os.path.realpath(parent))
+            _check_links(Path(parent), files)
             names[:] = sorted(name for name in names if not _is_hidden(name))  # walked in turn
             pending += [path for name in names if (path := Path(parent, name)).is_symlink()]
     return links
+
+
+def _refuse(error: OSError) -> None:
+    raise CorpusError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+
+def _check_links(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        path = folder / name
+        if _form(name) and not _is_hidden(name) and path.is_symlink() and not path.exists():
+            raise CorpusError(f"{path}: a link to a file that is not there; mend or remove it")
 
 
 def _is_folder(uri: str) -> bool:

@@ -15,6 +15,7 @@ from ckptfuse.corpus.files import find_files
 from ckptfuse.errors import CorpusError
 from ckptfuse.params import CorpusParams, Domain
 from ckptfuse.store import open_store
+from tests.helpers import as_nobody
 from tests.servers import S3Server
 
 TEXTS = [f"text {number}: déjà \u2028 vu\n" for number in range(700)]
@@ -105,6 +106,21 @@ def test_a_folder_is_all_that_is_in_it_whatever_its_form(tmp_path: Path) -> None
     found = [file.entry.path for file in find_files(str(tmp_path))]
     assert found == ["b.jsonl", "deep/A.MD", "deep/d.parquet", "deep/er/c.txt.gz"]
     assert read(tmp_path) == ["of a\nfile", "of a column", "of another", "of lines"]
+
+
+def test_text_that_cannot_be_reached_is_told_and_not_left_out(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    (corpus / "closed").mkdir(parents=True)
+    (corpus / "a.txt").write_text("own")
+    (corpus / "_gone.txt").symlink_to("nothing")  # hidden, as all that begins so
+    assert read(corpus) == ["own"]
+    (corpus / "b.txt").symlink_to("nothing")
+    with pytest.raises(CorpusError, match=r"b\.txt: a link to a file that is not there"):
+        find_files(str(corpus))
+    (corpus / "b.txt").unlink()
+    (corpus / "closed").chmod(0)
+    with as_nobody(corpus), pytest.raises(CorpusError, match=r"closed: cannot be listed: Perm"):
+        find_files(str(corpus))
 
 
 def test_links_to_folders_are_followed_and_those_that_lead_back_end(tmp_path: Path) -> None:
