@@ -10,6 +10,7 @@ with every fusion and are what DVC tracks (``SCIENTIFIC``). The others are opera
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -264,6 +265,16 @@ class LedgerParams(Section):
 
     remote: str | None = None
     dvc_remote: str | None = None
+
+    @field_validator("dvc_remote")
+    @classmethod
+    def _dvc_remote_is_public(cls, url: str | None) -> str | None:
+        if url is not None and urlsplit(url).password is not None:
+            raise ValueError(
+                "a password in it would be committed, and be in every clone; give DVC's store its "
+                "credentials in the environment or in files of its own"
+            )
+        return url
 
 
 class VersionsParams(Section):

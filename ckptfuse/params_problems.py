@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ckptfuse.params_environment import Location, annotation_at, variables_of
+from ckptfuse.passwords import without_passwords
 
 _A_SECTION = "a section of `key: value` was expected"
 _PLAIN = {
@@ -32,7 +33,8 @@ def _said(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggestion(problem['loc'], model)}"
     said = _PLAIN.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-    return f"{key}: {said} (found {problem['input']!r})" if key else said
+    found = without_passwords(repr(problem["input"]))
+    return f"{key}: {said} (found {found})" if key else said
 
 
 def _suggestion(location: Location, model: type[BaseModel]) -> str:

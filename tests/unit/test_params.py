@@ -134,6 +134,10 @@ def test_an_unknown_key_is_named_with_what_was_probably_meant(
         ("watch: {settle_seconds: .nan}", ["watch.settle_seconds"]),
         ("scoring: {threads: 1000000000000}", ["scoring.threads", "4096"]),
         ("scoring: {command: python x.py}", ["scoring.command", "a list was expected"]),
+        (
+            "ledger: {dvc_remote: 'https://bot:secret@host/x'}",
+            ["ledger.dvc_remote", "committed", "found 'https://...@host/x'"],
+        ),
         ("versions: held", ["versions: a section of `key: value` was expected"]),
         ('bucket: "a\\0b"', ["line 1", "NUL"]),
         (
