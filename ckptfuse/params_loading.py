@@ -12,6 +12,7 @@ from ckptfuse.params import PARAMS_FILE, Params
 from ckptfuse.params_environment import check_variables
 from ckptfuse.params_file import read_file
 from ckptfuse.params_problems import explain
+from ckptfuse.store import is_s3, local_path
 
 
 def load_params(path: Path | None = None) -> Params:
@@ -50,9 +51,9 @@ def keep_apart(params: Params) -> None:
 
     A bucket in the workspace does no harm: the demo's lies there.
     """
-    bucket = (params.bucket or "").removeprefix("file://")
-    if not bucket or "://" in bucket:
+    if not params.bucket or is_s3(params.bucket):
         return
+    bucket = local_path(params.bucket)
     ours, trainers = (Path(os.path.realpath(path)) for path in (params.workspace, bucket))
     if ours.is_relative_to(trainers):
         raise ConfigurationError(

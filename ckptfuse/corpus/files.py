@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckptfuse.errors import CorpusError, MissingFile
-from ckptfuse.store import Entry, FolderStore, Store, is_s3, open_store, split_uri
+from ckptfuse.store import Entry, FolderStore, Store, is_s3, local_path, open_store, split_uri
 
 Form = Literal["jsonl", "text", "parquet"]
 _FORMS: dict[str, Form] = {
@@ -104,7 +104,7 @@ def _check_links(folder: Path, names: Sequence[str]) -> None:
 def _is_folder(uri: str) -> bool:
     """On S3, whatever is no object: datasets have folders with names like ``part.parquet``, too."""
     if not is_s3(uri):
-        return Path(uri.removeprefix("file://")).is_dir()
+        return local_path(uri).is_dir()
     if _form(uri) is None:
         return True
     parent, name = split_uri(uri)

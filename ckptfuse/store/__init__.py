@@ -12,7 +12,7 @@ boto3 is imported when an S3 store is first used.
 from ckptfuse.store.folder import TEMPORARY_PREFIX, FolderStore, link_file, link_tree, remove_folder
 from ckptfuse.store.protocol import Entry, PartWriter, Reader, Store, Writer
 from ckptfuse.store.s3 import S3Store
-from ckptfuse.store.uris import absolute_uri, is_s3, open_store, read_uri, split_uri
+from ckptfuse.store.uris import absolute_uri, is_s3, local_path, open_store, read_uri, split_uri
 
 __all__ = [
     "TEMPORARY_PREFIX",
@@ -27,6 +27,7 @@ __all__ = [
     "is_s3",
     "link_file",
     "link_tree",
+    "local_path",
     "open_store",
     "read_uri",
     "remove_folder",

@@ -375,6 +375,15 @@ def test_a_place_is_named_from_anywhere_by_one_uri(
     assert absolute_uri("s3://bucket/texts") == "s3://bucket/texts"
 
 
+def test_a_file_uri_names_what_its_path_names(tmp_path: Path) -> None:
+    place = tmp_path / "a space, 100%"
+    place.mkdir()
+    (place / "a file").write_bytes(b"here")
+    assert open_store(place.as_uri()).uri == str(place)
+    assert read_uri((place / "a file").as_uri()) == b"here"
+    assert absolute_uri(place.as_uri()) == str(place)
+
+
 @pytest.mark.parametrize("path", ["../secret", "a/../../secret", "/etc/passwd"])
 def test_a_folder_does_not_let_a_path_out(tmp_path: Path, path: str) -> None:
     with pytest.raises(StoreError, match="outside"):
