@@ -152,13 +152,13 @@ def _sort_out(
         if parsed is None:
             continue
         store = bucket.child(name)
-        entries = [] if isinstance(folder, AccessDenied) else folder
-        checkpoint = checkpoint_of(store, name, parsed, [e for e in entries if is_identity(e.path)])
+        if isinstance(folder, AccessDenied):
+            unread.append(Refused(checkpoint_of(store, name, parsed, ()), str(folder)))
+            continue
+        checkpoint = checkpoint_of(store, name, parsed, [e for e in folder if is_identity(e.path)])
         try:
-            if isinstance(folder, AccessDenied):
-                raise folder
-            _check_settled(entries, conventions, local=isinstance(bucket, FolderStore))
-            checkpoint = assemble(store, name, parsed, entries)
+            _check_settled(folder, conventions, local=isinstance(bucket, FolderStore))
+            checkpoint = assemble(store, name, parsed, folder)
             if checkpoint.signature not in conventions.known:
                 architectures[checkpoint.signature] = read_layout(checkpoint).architecture
             complete.append(checkpoint)

@@ -109,6 +109,11 @@ def _remember(
         generation=generation_of(checkpoint, answer.fingerprint, known),
     )
     service.records.put(checkpoint.signature, record)
+    _check_scored_by(service, checkpoint, tokenizer)
+
+
+def _check_scored_by(service: Service, checkpoint: Checkpoint, tokenizer: TokenizerSource) -> None:
+    """Raise where the record that stands says another: each look would score it again."""
     stands = service.records.all(CheckpointRecord)[checkpoint.signature]
     if service.scorer.tokenizer_of(stands) != tokenizer.digest:
         raise CkptfuseError(

@@ -5,8 +5,8 @@ from textwrap import shorten
 
 from ckptfuse.checks import Check, failed, warning
 from ckptfuse.checks.probe import written
+from ckptfuse.passwords import without_passwords
 from ckptfuse.service import Service
-from tasks.artifacts import local_folder
 from tasks.tracking import tracking_uri
 
 NAME = "MLflow artifacts"
@@ -20,9 +20,7 @@ def artifacts(service: Service) -> Iterator[Check]:
         return
     if "://" not in root or root.startswith(_TRIED):
         mend = "correct mlflow.artifact_root, or give this user the right to write there"
-        # A path becomes a location (registry.py), and only a location has %20 for a space.
-        folder = local_folder(root) if root.startswith("file://") else None
-        yield written(NAME, str(folder or root), mend)
+        yield written(NAME, root, mend)
     else:
         yield _known_to_mlflow(root, tracking_uri(service))
 
@@ -34,7 +32,8 @@ def _known_to_mlflow(root: str, tracking: str) -> Check:
     try:
         get_artifact_repository(root, tracking_uri=tracking)
     except Exception as error:  # MLflow's, and whatever the store's own package raises
-        said = shorten(f"{root}: {type(error).__name__}: {error}", 300)
+        # Before it is cut: of an address that is cut within its password nobody would know.
+        said = shorten(without_passwords(f"{root}: {type(error).__name__}: {error}"), 300)
         mend = "correct mlflow.artifact_root, or install the package that MLflow needs for it"
         return failed(NAME, said, mend)
     said = f"{root} is of a kind that MLflow opens; writing there is not tried here"

@@ -8,6 +8,7 @@ from textwrap import shorten
 from packaging.version import Version
 
 from ckptfuse.checks import Check, failed, ok, warning
+from ckptfuse.passwords import without_passwords
 from ckptfuse.service import Service
 from tasks.tracking import tracking_uri
 
@@ -72,7 +73,7 @@ def _without_server(uri: str) -> Check:
     try:
         MlflowClient(tracking_uri=uri, registry_uri=uri).search_registered_models(max_results=1)
     except Exception as error:  # MLflow's, and those of what it opens
-        said = f"{uri}: {type(error).__name__}: {error}"
+        said = without_passwords(f"{uri}: {type(error).__name__}: {error}")
         return failed(NAME, shorten(said, 300), _MEND)
     return ok(NAME, f"{uri} answers")
 
@@ -96,8 +97,10 @@ def _sql(uri: str) -> Check:
     try:
         create_engine(uri, connect_args=patience).connect().close()
     except Exception as error:  # SQLAlchemy's, the driver's, and that there is no driver
-        said = shorten(f"{kind}: {type(error).__name__}: {error}", 300)  # the URI has a password
-        return failed(NAME, said, "start it, correct mlflow.tracking_uri, or install its driver")
+        # Not the URI, which has a password; a driver may quote it all the same.
+        said = without_passwords(f"{kind}: {type(error).__name__}: {error}")
+        mend = "start it, correct mlflow.tracking_uri, or install its driver"
+        return failed(NAME, shorten(said, 300), mend)
     return ok(NAME, f"a database without a server ({kind}) answers")
 
 
